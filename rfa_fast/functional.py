@@ -1,0 +1,302 @@
+"""The operators an adapted layer is made of: frozen product, low-rank product and alignment loss in one call.
+
+This module checks arguments and documents shapes; which implementation runs is decided in
+:mod:`rfa_fast.ops`. All of them compute the equations of :mod:`rfa_fast.objective`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rfa_fast import ops
+from rfa_fast.config import Backend, Norm
+
+Unit = Literal["row", "sample"]
+
+
+class RFAOutput(NamedTuple):
+    """What an adapted layer computes.
+
+    Attributes:
+        output: y = x' + Δ.
+        residual: Δ, if `emit_residual`; else `None`.
+        retain_loss, forget_loss: fp32 sums over each group (fp64 for fp64 inputs); `None` without a group.
+    """
+
+    output: Tensor
+    residual: Tensor | None
+    retain_loss: Tensor | None
+    forget_loss: Tensor | None
+
+
+class HeadLoss(NamedTuple):
+    """What the fused language-model head computes.
+
+    Attributes:
+        retain, forget: cross-entropy sums against the labels and against ỹ (eq. 3), fp32.
+        retain_count, forget_count: labelled rows of each group, int64.
+        mean_prediction: ỹ `(V,)`, fp32, detached.
+        retain_align, forget_align: alignment sums of an adapted head (eq. 1, 2); `None` otherwise.
+    """
+
+    retain: Tensor
+    forget: Tensor
+    retain_count: Tensor
+    forget_count: Tensor
+    mean_prediction: Tensor
+    retain_align: Tensor | None
+    forget_align: Tensor | None
+
+
+def rfa_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scale: float,
+    group: Tensor | None = None,
+    target: Tensor | None = None,
+    retain_target: Tensor | None = None,
+    norm: Norm = "mse",
+    unit: Unit = "row",
+    emit_residual: bool = False,
+    backend: Backend = "auto",
+) -> RFAOutput:
+    """`y = x Wᵀ + b + s · (x Aᵀ) Bᵀ` with the alignment sums of eq. 1-2 (eq. 7-8 with `retain_target`).
+
+    Args:
+        x: `(…, K)` floating point.
+        weight: frozen W `(N, K)`; never gets a gradient here.
+        lora_a, lora_b: A `(R, K)` and B `(N, R)`, any floating dtype; cast to `x`'s for the products.
+        bias: `(N,)` or `None`.
+        scale: s.
+        group: int8 codes over the leading axes of `x`, or only the first: 0 retain, 1 forget, −1 ignore.
+        target: x̃, broadcasts against `(…, N)`; `None`: the mean of the frozen output over all retain rows.
+        retain_target: x'_t of teacher mode, broadcasts against `(…, N)`.
+        norm: `"mse"` sums squares, `"l2"` the norm of each unit.
+        unit: `"row"`, or `"sample"`: everything under one index of axis 0.
+        emit_residual: also return Δ.
+        backend: see :func:`rfa_fast.ops.select`.
+
+    Raises:
+        ValueError: shapes that do not fit, or a backend that is not there.
+        TypeError: a dtype that is not supported.
+
+    Example:
+        >>> x, w = torch.eye(3), torch.eye(3)
+        >>> a, b = torch.ones(1, 3), torch.ones(3, 1)
+        >>> group = torch.tensor([0, 0, 1], dtype=torch.int8)
+        >>> out = rfa_linear(x, w, a, b, scale=1.0, group=group)
+        >>> out.retain_loss  # two rows of three ones
+        tensor(6.)
+    """
+    _check_operands(x, weight, lora_a, lora_b, bias, 2)
+    _check_choice("norm", norm, ("mse", "l2"))
+    _check_choice("unit", unit, ("row", "sample"))
+    if x.ndim < 1 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected (..., {weight.shape[1]}) to fit weight (N, K)")
+    if tuple(lora_a.shape[1:]) != (weight.shape[1],) or tuple(lora_b.shape) != (weight.shape[0], lora_a.shape[0]):
+        raise ValueError(
+            f"lora_a, lora_b: got {tuple(lora_a.shape)} and {tuple(lora_b.shape)}, expected (R, {weight.shape[1]}) "
+            f"and ({weight.shape[0]}, R)"
+        )
+    leading = tuple(x.shape[:-1])
+    _check_group(group, leading, x.device)
+    _check_target("target", target, (*leading, weight.shape[0]))
+    _check_target("retain_target", retain_target, (*leading, weight.shape[0]))
+    if unit == "sample" and not leading:
+        raise ValueError("unit: got 'sample' for a single row, expected x with a batch axis")
+    chosen, _ = ops.select(backend, x)
+    return RFAOutput(
+        *ops.linear(
+            chosen, x, weight, lora_a, lora_b, bias, scale, group, target, retain_target, norm, unit == "sample",
+            emit_residual,
+        )
+    )  # fmt: skip
+
+
+def rfa_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scale: float,
+    stride: int | tuple[int, ...] = 1,
+    padding: int | tuple[int, ...] | str = 0,
+    dilation: int | tuple[int, ...] = 1,
+    groups: int = 1,
+    group: Tensor | None = None,
+    target: Tensor | None = None,
+    retain_target: Tensor | None = None,
+    norm: Norm = "mse",
+    emit_residual: bool = False,
+    backend: Backend = "auto",
+) -> RFAOutput:
+    """`y = W ∗ x + b + s · B ∗ (A ∗ x)` with the alignment sums of eq. 1-2; a unit is a sample.
+
+    Args:
+        x: `(B, C, H, W)`, already padded if the padding mode is not zeros.
+        weight: frozen `(N, C/groups, kh, kw)`.
+        lora_a: A `(groups·R, C/groups, kh, kw)`.
+        lora_b: B `(N, R, 1, 1)`.
+        bias: `(N,)` or `None`.
+        scale: s.
+        stride, padding, dilation, groups: as :func:`torch.nn.functional.conv2d`.
+        group: int8 `(B,)`: 0 retain, 1 forget, −1 ignore.
+        target: x̃, broadcasts against `(B, N, H', W')`; `None`: the mean map over the retain samples.
+        retain_target, norm, emit_residual, backend: as :func:`rfa_linear`.
+
+    Raises:
+        ValueError: shapes that do not fit, or a backend that is not there.
+        TypeError: a dtype that is not supported.
+
+    Example:
+        >>> x = torch.ones(2, 3, 5, 5)
+        >>> out = rfa_conv2d(x, torch.ones(4, 3, 3, 3), torch.ones(2, 3, 3, 3), torch.zeros(4, 2, 1, 1), scale=4.0)
+        >>> out.output.shape
+        torch.Size([2, 4, 3, 3])
+    """
+    _check_operands(x, weight, lora_a, lora_b, bias, 4)
+    _check_choice("norm", norm, ("mse", "l2"))
+    outputs, per_group = weight.shape[0], weight.shape[1]
+    if x.ndim != 4 or x.shape[1] != per_group * groups:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected (B, {per_group * groups}, H, W)")
+    rank = lora_b.shape[1]
+    wanted_a, wanted_b = (groups * rank, *weight.shape[1:]), (outputs, rank, 1, 1)
+    if tuple(lora_a.shape) != wanted_a or tuple(lora_b.shape) != wanted_b:
+        raise ValueError(
+            f"lora_a, lora_b: got {tuple(lora_a.shape)} and {tuple(lora_b.shape)}, expected {wanted_a} and {wanted_b}"
+        )
+    if group is not None and group.ndim != 1:
+        raise ValueError(f"group: got shape {tuple(group.shape)}, expected (B,) = ({x.shape[0]},)")
+    _check_group(group, (x.shape[0],), x.device)
+    chosen, _ = ops.select(backend, x)
+    return RFAOutput(
+        *ops.conv2d(
+            chosen, x, weight, lora_a, lora_b, bias, scale, stride, padding, dilation, groups, group, target,
+            retain_target, norm, emit_residual,
+        )
+    )  # fmt: skip
+
+
+def rfa_head_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    group: Tensor,
+    bias: Tensor | None = None,
+    *,
+    lora_a: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    mean_prediction: Tensor | None = None,
+    target: Tensor | None = None,
+    norm: Norm = "mse",
+    chunk_bytes: int = 256 * 2**20,
+    backend: Backend = "auto",
+) -> HeadLoss:
+    """Eq. 3 of a language model from its last hidden states, without ever holding all the logits.
+
+    Args:
+        hidden: `(rows, K)`.
+        weight: `(V, K)`.
+        labels: int64 `(rows,)`, already shifted; −100 leaves a row out of the task terms and of ỹ.
+        group: int8 `(rows,)`.
+        bias: `(V,)` or `None`.
+        lora_a, lora_b, scale: adapters of the head, or `None`; with them the alignment sums are returned too.
+        softcap: logits become `softcap · tanh(logits / softcap)`.
+        mean_prediction: ỹ `(V,)` to use when no retain row has a label.
+        target: x̃ `(V,)` of an adapted head; `None`: the mean of its frozen output over the retain rows.
+        norm: norm of an adapted head's alignment, a unit is a row.
+        chunk_bytes: logits held at one time, in bytes.
+        backend: see :func:`rfa_fast.ops.select`; `"reference"` holds all the logits.
+
+    Raises:
+        ValueError: shapes that do not fit, one adapter without the other, a backend that is not there.
+        TypeError: labels that are not int64, or an unsupported dtype.
+
+    Example:
+        >>> h, w = torch.zeros(2, 3), torch.zeros(4, 3)
+        >>> group = torch.tensor([0, 1], dtype=torch.int8)
+        >>> out = rfa_head_loss(h, w, torch.tensor([2, 0]), group)
+        >>> round(out.retain.item(), 4)  # log 4
+        1.3863
+    """
+    _check_float(hidden=hidden, weight=weight)
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden, weight: got {tuple(hidden.shape)} and {tuple(weight.shape)}, expected (rows, K), (V, K)"
+        )
+    if (lora_a is None) != (lora_b is None):
+        raise ValueError("lora_a, lora_b: got one of them, expected both or neither")
+    if lora_a is not None and lora_b is not None:
+        _check_operands(hidden, weight, lora_a, lora_b, bias, 2)
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels: got {labels.dtype}, expected torch.int64")
+    if tuple(labels.shape) != (hidden.shape[0],):
+        raise ValueError(f"labels: got shape {tuple(labels.shape)}, expected ({hidden.shape[0]},)")
+    if tuple(group.shape) != (hidden.shape[0],):
+        raise ValueError(f"group: got shape {tuple(group.shape)}, expected ({hidden.shape[0]},)")
+    _check_group(group, (hidden.shape[0],), hidden.device)
+    _check_target("target", target, (weight.shape[0],))
+    if chunk_bytes < 1:
+        raise ValueError(f"chunk_bytes: got {chunk_bytes}, expected >= 1")
+    chosen, _ = ops.select(backend, hidden)
+    return HeadLoss(
+        *ops.head_loss(
+            chosen, hidden, weight, labels, group, bias, lora_a, lora_b, scale, softcap, mean_prediction, target,
+            norm, chunk_bytes,
+        )
+    )  # fmt: skip
+
+
+def _check_float(**tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and not tensor.is_floating_point():
+            raise TypeError(f"{name}: got {tensor.dtype}, expected a floating-point tensor")
+
+
+def _check_operands(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, ndim: int) -> None:
+    _check_float(x=x, weight=weight, lora_a=a, lora_b=b, bias=bias)
+    for name, tensor in (("weight", weight), ("lora_a", a), ("lora_b", b)):
+        if tensor.ndim != ndim:
+            raise ValueError(f"{name}: got {tensor.ndim} axes, expected {ndim}")
+        if tensor.device != x.device:
+            raise ValueError(f"{name}: got device {tensor.device}, expected x's device {x.device}")
+    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
+        raise ValueError(f"bias: got shape {tuple(bias.shape)}, expected ({weight.shape[0]},)")
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}")
+
+
+def _check_group(group: Tensor | None, leading: tuple[int, ...], device: torch.device) -> None:
+    if group is None:
+        return
+    if group.dtype != torch.int8:
+        raise TypeError(f"group: got {group.dtype}, expected torch.int8 (0 retain, 1 forget, -1 ignore)")
+    if group.device != device:
+        raise ValueError(f"group: got device {group.device}, expected x's device {device}")
+    if group.ndim < 1 or tuple(group.shape) != leading[: group.ndim]:
+        raise ValueError(
+            f"group: got shape {tuple(group.shape)}, expected {leading} or ({leading[0] if leading else 1},)"
+        )
+
+
+def _check_target(name: str, target: Tensor | None, shape: tuple[int, ...]) -> None:
+    if target is None:
+        return
+    own = tuple(target.shape)
+    padded = (1,) * (len(shape) - len(own)) + own
+    if len(own) > len(shape) or any(a not in (1, b) for a, b in zip(padded, shape, strict=True)):
+        raise ValueError(f"{name}: got shape {tuple(target.shape)}, expected one that broadcasts against {shape}")

@@ -1,0 +1,288 @@
+"""Retain, forget or ignore: the groups of the batch under way, shared by all adapted layers.
+
+A layer sees only its input, not the batch it came from. The group of each row follows from the
+input's shape: `(B, …, K)` is batch first; `(B·T, K)` is a flattened batch whose T is known from the
+inputs; pooled heads inside a text model see `(B, K)`. A shape that fits none of these, or fits two,
+is settled by the `rows` option (`"batch"`, `"flat"`, `"sequence_first"`) or is an error.
+
+The context also keeps what the layers report back: one pair of alignment terms per call. Losses stay
+ordinary tensors of the autograd graph; no hook is involved.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rfa_fast.config import RFAConfig
+from rfa_fast.objective import FORGET, IGNORE, RETAIN
+
+
+class Layout(NamedTuple):
+    """How a layer's rows map to samples.
+
+    Attributes:
+        view: `"batch"`, `"flat"` or `"sequence_first"`.
+        group: int8 codes over the first axes of the batch-first view of the input.
+    """
+
+    view: str
+    group: Tensor
+
+
+class LayerTerms(NamedTuple):
+    """Mean alignment terms of one layer (eq. 1, 2 before the sum over layers); 0-dim."""
+
+    retain: Tensor
+    forget: Tensor
+
+
+@dataclass
+class Batch:
+    """The groups of one batch.
+
+    Attributes:
+        samples: int8 `(B,)`: 0 retain, 1 forget, −1 ignore.
+        tokens: int8 `(B, T)`, or `None` when the inputs have no tokens.
+        token_units: the unit of the losses is a token rather than a sample.
+    """
+
+    samples: Tensor
+    tokens: Tensor | None
+    token_units: bool
+
+    def __len__(self) -> int:
+        return self.samples.shape[0]
+
+    @property
+    def length(self) -> int | None:
+        """T, or `None`."""
+        return None if self.tokens is None else self.tokens.shape[1]
+
+
+def make_batch(
+    forget: Tensor,
+    valid: Tensor | None,
+    *,
+    device: torch.device,
+    size: int | None = None,
+    length: int | None = None,
+    token_units: bool = False,
+) -> Batch:
+    """Check the masks and turn them into group codes.
+
+    Args:
+        forget: bool `(B,)`; true for samples to forget.
+        valid: bool `(B,)` or `(B, T)`; false rows are in no term. `None`: everything is valid.
+        device: where the model is; the masks must be there.
+        size: B, when it is known from the inputs.
+        length: T, when it is known from the inputs.
+        token_units: the unit of the losses is a token.
+
+    Raises:
+        TypeError: a mask that is not a bool tensor.
+        ValueError: a mask of the wrong shape or device.
+
+    Example:
+        >>> batch = make_batch(torch.tensor([False, True]), None, device=torch.device("cpu"))
+        >>> batch.samples
+        tensor([0, 1], dtype=torch.int8)
+    """
+    for name, mask in (("forget", forget), ("valid", valid)):
+        if mask is None and name == "valid":
+            continue
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"{name}: got {got}, expected a bool tensor")
+        if mask.device != device:
+            raise ValueError(f"{name}: got device {mask.device}, expected the model's device {device}")
+    if forget.ndim != 1:
+        raise ValueError(f"forget: got shape {tuple(forget.shape)}, expected (B,), one flag per sample")
+    if size is not None and forget.shape[0] != size:
+        raise ValueError(f"forget: got {forget.shape[0]} flags, expected {size}, one per sample of the batch")
+    samples = forget.to(torch.int8)
+    tokens: Tensor | None = None
+    if valid is not None:
+        shapes: tuple[tuple[int, ...], ...] = ((len(forget),),)
+        if valid.ndim == 2:
+            shapes += ((len(forget), valid.shape[1] if length is None else length),)
+        if tuple(valid.shape) not in shapes:
+            wanted = f"({len(forget)},) or ({len(forget)}, {'T' if length is None else length})"
+            raise ValueError(f"valid: got shape {tuple(valid.shape)}, expected {wanted}")
+        if valid.ndim == 2:
+            tokens = torch.where(valid, samples[:, None], IGNORE).to(torch.int8)
+        samples = torch.where(valid.flatten(1).any(1) if valid.ndim == 2 else valid, samples, IGNORE).to(torch.int8)
+    if tokens is None and length is not None:
+        tokens = samples[:, None].expand(-1, length)
+    return Batch(samples, tokens, token_units)
+
+
+@dataclass
+class GroupContext:
+    """What the adapted layers of one model share: the options, the batch under way, and their reports."""
+
+    config: RFAConfig
+    enabled: bool = True
+    batch: Batch | None = None
+    recording: bool = False
+    teacher: dict[str, Tensor] = field(default_factory=dict)
+    terms: dict[str, LayerTerms] = field(default_factory=dict)
+    calls: dict[str, int] = field(default_factory=dict)
+    mean_prediction: Tensor | None = None
+    seen_retain: bool = False
+    head_stands_aside: bool = True
+
+    def begin(self, batch: Batch) -> None:
+        """Start a batch; reports of the one before are dropped."""
+        self.batch = batch
+        self.teacher, self.terms, self.calls = {}, {}, {}
+        if batch.samples.device.type == "cpu" and not torch.compiler.is_compiling():
+            self._note_retain(bool((batch.samples == RETAIN).any()))
+
+    def _note_retain(self, any_retain: bool) -> None:
+        if not any_retain and not self.seen_retain:
+            warnings.warn(
+                "this batch has no retain sample and none came before it, so there is no mean feature to align with: "
+                "its forget terms are 0; use a sampler that puts retain samples into every batch",
+                stacklevel=5,
+            )
+        self.seen_retain = True
+
+    def report(self, name: str, terms: LayerTerms) -> None:
+        """A layer hands in its terms."""
+        self.calls[name] = self.calls.get(name, 0) + 1
+        self.terms[name] = terms
+
+    def check_calls(self, names: Iterable[str]) -> None:
+        """Every adapted layer must have run exactly once in the forward that just ended.
+
+        Raises:
+            ValueError: names the layer, and how often it ran.
+        """
+        for name in names:
+            count = self.calls.get(name, 0)
+            if count == 0:
+                raise ValueError(
+                    f"layer {name!r}: got no call in this forward, expected one: its weight may be read by a "
+                    "functional call, or its branch is not used; leave it out of targets"
+                )
+            if count > 1:
+                raise ValueError(
+                    f"layer {name!r}: got {count} calls in one forward, expected one: a module used twice has two "
+                    "features to align; leave it out of targets"
+                )
+
+    def layout(self, name: str, shape: tuple[int, ...], *, ambiguous: bool) -> Layout:
+        """How the rows of a layer's input map to samples.
+
+        Args:
+            name: the layer, for messages and for per-layer `rows`.
+            shape: leading axes of the input, `(B,)` for a convolution.
+            ambiguous: a module around the layer declares `batch_first=False`.
+
+        Raises:
+            ValueError: the shape fits no reading, or two, and `rows` does not settle it.
+        """
+        batch = self.batch
+        if batch is None:
+            raise ValueError(f"layer {name!r}: no batch is under way; call RFA.loss or enter RFA.groups first")
+        rows = self.config.rows
+        choice: str = rows.get(name, "auto") if isinstance(rows, Mapping) else rows
+        size, length = len(batch), batch.length
+        where = f"layer {name!r}: its input has leading axes {shape}, the batch has {size} samples"
+        where += "" if length is None else f" of {length} tokens"
+        automatic = choice == "auto"
+        if automatic:
+            choice = _guess(shape, size, length, ambiguous, where)
+        if choice == "batch" and shape[:1] == (size,):
+            fine = batch.tokens is not None and shape[:2] == tuple(batch.tokens.shape)
+            if automatic and batch.tokens is not None and len(shape) > 1 and not fine:
+                raise ValueError(
+                    f"{where}: got {shape[1]} rows per sample, expected {length}; "
+                    "pass rows='batch' to patch() to align them by sample"
+                )
+            return Layout("batch", batch.tokens if fine and batch.tokens is not None else batch.samples)
+        if choice == "flat" and shape and size and shape[0] % size == 0:
+            if length is not None and batch.tokens is not None and shape[0] == size * length:
+                return Layout("flat", batch.tokens)
+            return Layout("flat", batch.samples)
+        if choice == "sequence_first" and len(shape) >= 2 and shape[1] == size:
+            fine = batch.tokens is not None and shape[0] == length
+            return Layout("sequence_first", batch.tokens if fine and batch.tokens is not None else batch.samples)
+        raise ValueError(f"{where}: rows={choice!r} does not fit; expected rows='batch', 'flat' or 'sequence_first'")
+
+
+def _guess(shape: tuple[int, ...], size: int, length: int | None, ambiguous: bool, where: str) -> str:
+    advice = "pass rows='batch', rows='flat' (batch-major) or rows='sequence_first' to patch()"
+    fits = []
+    if shape[:1] == (size,):
+        fits.append("batch")
+    if ambiguous and len(shape) >= 2 and shape[1] == size:
+        fits.append("sequence_first")
+    if length is not None and length > 1 and len(shape) == 1 and shape[0] == size * length and size:
+        fits.append("flat")
+    if len(fits) != 1:
+        raise ValueError(
+            f"{where}: got a shape that fits {' and '.join(fits) or 'no reading'}, expected exactly one; {advice}"
+        )
+    return fits[0]
+
+
+def batch_of(inputs: Tensor | Mapping[str, Any]) -> tuple[int, int | None, Tensor | None]:
+    """B, T (token inputs only) and the attention mask of a model's inputs.
+
+    Args:
+        inputs: a tensor, or a transformers model's keyword dict.
+
+    Raises:
+        ValueError: no tensor among the inputs, or an attention mask that is not `(B, T)`.
+
+    Example:
+        >>> batch_of({"input_ids": torch.ones(2, 5, dtype=torch.int64)})
+        (2, 5, None)
+    """
+    if isinstance(inputs, Tensor):
+        return inputs.shape[0], None, None
+    first = next((v for v in inputs.values() if isinstance(v, Tensor) and v.ndim), None)
+    if first is None:
+        raise ValueError(f"inputs: got keys {sorted(inputs)}, expected at least one tensor with a batch axis")
+    ids = inputs.get("input_ids", inputs.get("inputs_embeds"))
+    if not isinstance(ids, Tensor):
+        return first.shape[0], None, None
+    mask = inputs.get("attention_mask")
+    if mask is not None and tuple(mask.shape) != tuple(ids.shape[:2]):
+        raise ValueError(
+            f"attention_mask: got shape {tuple(mask.shape)}, expected {tuple(ids.shape[:2])}; "
+            "pass the padding mask as `valid` where the model wants another attention mask"
+        )
+    return ids.shape[0], ids.shape[1], None if mask is None else mask.bool()
+
+
+def flat_rows(batch: int, rows: int, codes: Tensor) -> Tensor:
+    """Codes `(B,)` or `(B, T)` of a flattened batch as `(rows,)`, batch major.
+
+    Example:
+        >>> flat_rows(2, 4, torch.tensor([0, 1], dtype=torch.int8))
+        tensor([0, 0, 1, 1], dtype=torch.int8)
+    """
+    return codes.reshape(-1) if codes.numel() == rows else codes.repeat_interleave(math.ceil(rows / max(batch, 1)))
+
+
+__all__ = [
+    "FORGET",
+    "IGNORE",
+    "RETAIN",
+    "Batch",
+    "GroupContext",
+    "LayerTerms",
+    "Layout",
+    "batch_of",
+    "flat_rows",
+    "make_batch",
+]

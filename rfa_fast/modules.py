@@ -1,0 +1,390 @@
+"""The layers that `patch` puts in: the frozen layer itself, with A, B and the alignment terms beside it.
+
+A layer is adapted in place, by giving the module object a class that adds the low-rank branch. The
+object keeps its identity, its parameters, its hooks and its place in every list that refers to it;
+restoring is giving the class back. No mathematics happens here: operators come from
+:mod:`rfa_fast.functional`, group codes from :mod:`rfa_fast.groups`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rfa_fast import functional
+from rfa_fast.config import RFAConfig
+from rfa_fast.groups import GroupContext, LayerTerms, flat_rows
+from rfa_fast.objective import (
+    FORGET,
+    IGNORE,
+    RETAIN,
+    accumulation_dtype,
+    alignment_sums,
+    dora_residual_weight,
+    group_mean,
+    units_and_elements,
+    weight_norms,
+)
+from rfa_fast.targets import Target
+
+
+class RFALayer(nn.Module):
+    """What the adapted layers have in common.
+
+    Attributes:
+        weight, bias: the frozen layer's own.
+        lora_a: A `(R, K)`, or `(groups·R, C/groups, kh, kw)`; trainable.
+        lora_b: B `(N, R)`, or `(N, R, 1, 1)`; trainable.
+        magnitude: DoRA's g `(N,)`; trainable.
+        initial_a, initial_b: PiSSA's A₀ and B₀; buffers.
+        rfa_name, rank, alpha, scale, adapter: plain attributes.
+    """
+
+    weight: Any
+    bias: Any
+    lora_a: nn.Parameter
+    lora_b: nn.Parameter
+    magnitude: nn.Parameter
+    initial_a: Tensor
+    initial_b: Tensor
+    feature_mean: Tensor | None
+    feature_mean_known: Tensor | None
+    rfa_name: str
+    rank: int
+    alpha: float
+    scale: float
+    adapter: str
+    rfa_original_class: type[nn.Module]
+    rfa_context: GroupContext
+    rfa_ambiguous: bool
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y = x' + Δ; with a batch under way, also hand the alignment terms to the context."""
+        context = self.rfa_context
+        if context.recording:
+            feature: Tensor = self.rfa_original_class.forward(self, x)
+            context.calls[self.rfa_name] = context.calls.get(self.rfa_name, 0) + 1
+            context.teacher[self.rfa_name] = feature
+            return feature
+        if not context.enabled:
+            plain: Tensor = self.rfa_original_class.forward(self, x)
+            return plain
+        if context.batch is None:
+            return self._operate(x, None, None, None, per_sample=False).output
+        return self._aligned(x, context)
+
+    def _aligned(self, x: Tensor, context: GroupContext) -> Tensor:
+        batch, config, name = context.batch, context.config, self.rfa_name
+        if batch is None:
+            raise ValueError(f"layer {name!r}: no batch is under way")
+        leading = x.shape[:1] if self._is_convolution() else x.shape[:-1]
+        layout = context.layout(name, tuple(leading), ambiguous=self.rfa_ambiguous)
+        size, codes = len(batch), layout.group
+        if layout.view == "flat" and self._is_convolution():
+            codes = flat_rows(size, x.shape[0], codes)
+        batch_first = self._batch_first(x, layout.view, size)
+        per_sample = not batch.token_units or self._is_convolution()
+        frozen_feature = context.teacher.get(name) if config.mode == "teacher" else None
+        if frozen_feature is not None:
+            frozen_feature = self._batch_first(frozen_feature, layout.view, size)
+        target, known = self._target(batch_first, frozen_feature, codes, batch.token_units)
+        aimed = torch.where(known | (codes == RETAIN), codes, IGNORE)
+        out = self._operate(batch_first, aimed, target, frozen_feature, per_sample=per_sample)
+        if out.retain_loss is None or out.forget_loss is None:
+            raise ValueError(f"layer {name!r}: the operator returned no loss for its group")
+        feature = out.output.shape
+        context.report(
+            name,
+            LayerTerms(
+                out.retain_loss / units_and_elements(codes, feature, RETAIN, norm=config.norm, per_sample=per_sample),
+                out.forget_loss / units_and_elements(aimed, feature, FORGET, norm=config.norm, per_sample=per_sample),
+            ),
+        )
+        return self._restored(out.output, layout.view, x)
+
+    def _target(self, x: Tensor, teacher: Tensor | None, codes: Tensor, token_units: bool) -> tuple[Tensor, Tensor]:
+        """x̃ of this batch, or of the most recent one that had retain rows; and for which codes it is known."""
+        with torch.no_grad():
+            source = x if teacher is None else teacher
+            spatial = self._is_convolution()
+            dims = (0,) if spatial or not token_units else tuple(range(x.ndim - 1))
+            fresh, usable = group_mean(source, codes, dims)
+            if teacher is None:
+                fresh = self._frozen(fresh.to(x.dtype)[None] if spatial else fresh.to(x.dtype))
+                fresh = fresh[0] if spatial else fresh
+            if spatial and token_units:
+                fresh = fresh.mean((-2, -1), keepdim=True)
+            stored, stored_known = self.feature_mean, self.feature_mean_known
+            if stored is not None and stored_known is not None and stored.shape == fresh.shape:
+                target, known = torch.where(usable, fresh, stored.to(fresh)), usable | stored_known
+            else:
+                target, known = torch.where(usable, fresh, 0), usable
+            self.feature_mean, self.feature_mean_known = target, known
+            per_code = known.reshape(known.shape[: max(codes.ndim - 1, 0)]) if known.numel() > 1 else known.reshape(())
+            return target, per_code
+
+    def _operate(
+        self, x: Tensor, group: Tensor | None, target: Tensor | None, teacher: Tensor | None, *, per_sample: bool
+    ) -> functional.RFAOutput:
+        """Run the layer's operator on a batch-first input.
+
+        LoRA has a fused operator. PiSSA and DoRA form Δ itself: the r × r shortcut does not hold for
+        them, and a difference of equal products is an exact 0 at the start where a sum of 2r is not.
+        """
+        if self.adapter == "lora":
+            return self._fused(x, group, target, teacher, per_sample)
+        frozen = self._frozen(x)
+        if self.adapter == "dora":
+            residual = self._product(x, self.delta_weight().to(x.dtype))
+        else:
+            pairs = ((self.lora_a, self.lora_b), (self.initial_a, self.initial_b))
+            now, start = (self._pair(x, a.to(x.dtype), b.to(x.dtype)) for a, b in pairs)
+            residual = self.scale * (now - start)
+        if group is None:
+            return functional.RFAOutput(frozen + residual, None, None, None)
+        sums = alignment_sums(
+            frozen, residual, group, target=target, retain_target=teacher, norm=self.rfa_context.config.norm,
+            per_sample=per_sample,
+        )  # fmt: skip
+        return functional.RFAOutput(frozen + residual, None, *sums)
+
+    def effective_adapters(self) -> tuple[Tensor, Tensor]:
+        """A and B as one low-rank pair: with PiSSA `[A; A₀]` and `[B, −B₀]`, of rank 2r."""
+        if self.adapter != "pissa":
+            return self.lora_a, self.lora_b
+        groups = self._groups()
+        a = torch.stack([t.reshape(groups, -1, *t.shape[1:]) for t in (self.lora_a, self.initial_a)], 1)
+        return a.flatten(1, 2).flatten(0, 1), torch.cat([self.lora_b, -self.initial_b], 1)
+
+    def delta_weight(self) -> Tensor:
+        """The change of the weight, `sBA` or its PiSSA or DoRA form.
+
+        Returns:
+            Tensor in the layout of `weight`, in fp32 (fp64 when the weight or the adapters are fp64);
+            differentiable with respect to the adapters.
+        """
+        wide = torch.promote_types(accumulation_dtype(self.weight.dtype), self.lora_a.dtype)
+        product = self._dense(self.lora_a.to(wide), self.lora_b.to(wide))
+        if self.adapter == "pissa":
+            product = product - self._dense(self.initial_a.to(wide), self.initial_b.to(wide))
+        if self.adapter == "dora":
+            product = dora_residual_weight(self._rows_weight().to(wide), product, self.magnitude.to(wide))
+        return self._from_rows(product)
+
+    def _dense(self, a: Tensor, b: Tensor) -> Tensor:
+        """sBA with outputs first, group by group."""
+        down = a.reshape(self._groups(), -1, a[0].numel())
+        up = b.reshape(self._groups(), -1, b.shape[1])
+        return (self.scale * (up @ down)).reshape(self._rows_weight().shape)
+
+    def initialise_adapters(self, generator: torch.Generator | None, dtype: torch.dtype) -> None:
+        """Create A and B (and what PiSSA and DoRA add), so that Δ starts at exactly 0.
+
+        LoRA draws A from the Kaiming-uniform distribution with `a = √5` and sets B to 0
+        (arXiv 2106.09685); PiSSA takes the principal singular vectors of W for both and subtracts
+        their start (arXiv 2404.02948).
+        """
+        rows = self._rows_weight().detach()
+        groups, fan_in = self._groups(), rows[0].numel()
+        shape_a = (groups * self.rank, *rows.shape[1:])
+        shape_b = (rows.shape[0], self.rank, *((1, 1) if rows.ndim == 4 else ()))
+        if self.adapter == "pissa":
+            wide = rows.to(accumulation_dtype(rows.dtype)).reshape(groups, -1, fan_in)
+            u, s, vt = torch.linalg.svd(wide, full_matrices=False)
+            root = (s[:, : self.rank] / self.scale).sqrt()
+            a = (root[:, :, None] * vt[:, : self.rank]).reshape(shape_a).to(dtype)
+            b = (u[:, :, : self.rank] * root[:, None]).reshape(shape_b).to(dtype)
+            self.register_buffer("initial_a", a.clone())
+            self.register_buffer("initial_b", b.clone())
+        else:
+            bound = 1.0 / math.sqrt(fan_in)
+            a = (
+                (torch.rand(shape_a, generator=generator, dtype=torch.float32) * 2 - 1)
+                .mul_(bound)
+                .to(rows.device, dtype)
+            )
+            b = torch.zeros(shape_b, device=rows.device, dtype=dtype)
+        self.lora_a, self.lora_b = nn.Parameter(a), nn.Parameter(b)
+        if self.adapter == "dora":
+            wide_dtype = torch.promote_types(accumulation_dtype(rows.dtype), dtype)
+            self.magnitude = nn.Parameter(weight_norms(rows.to(wide_dtype)).to(wide_dtype))
+
+    def _is_convolution(self) -> bool:
+        return False
+
+    def _groups(self) -> int:
+        return 1
+
+    def _rows_weight(self) -> Tensor:
+        """The weight with outputs first: `(N, K)` or `(N, C/groups, kh, kw)`."""
+        weight: Tensor = self.weight
+        return weight
+
+    def _from_rows(self, rows: Tensor) -> Tensor:
+        return rows
+
+    def _frozen(self, x: Tensor) -> Tensor:
+        frozen: Tensor = self.rfa_original_class.forward(self, x)
+        return frozen
+
+    def _product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The layer with another weight (in the layout of `weight`) and no bias."""
+        return F.linear(x, weight)
+
+    def _pair(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """B·A·x without the scale."""
+        return F.linear(F.linear(x, a), b)
+
+    def _fused(
+        self, x: Tensor, group: Tensor | None, target: Tensor | None, teacher: Tensor | None, per_sample: bool
+    ) -> functional.RFAOutput:
+        config = self.rfa_context.config
+        return functional.rfa_linear(
+            x, self._rows_weight(), self.lora_a, self.lora_b, self.bias, scale=self.scale, group=group, target=target,
+            retain_target=teacher, norm=config.norm, unit="sample" if per_sample else "row", backend=config.backend,
+        )  # fmt: skip
+
+    def _batch_first(self, x: Tensor, view: str, size: int) -> Tensor:
+        if view == "sequence_first":
+            return x.transpose(0, 1)
+        if view == "flat" and not self._is_convolution():
+            return x.reshape(size, -1, *x.shape[1:])
+        return x
+
+    def _restored(self, y: Tensor, view: str, x: Tensor) -> Tensor:
+        if view == "sequence_first":
+            return y.transpose(0, 1)
+        return y.flatten(0, 1) if y.ndim > x.ndim else y
+
+
+class RFALinear(RFALayer, nn.Linear):
+    """An adapted :class:`torch.nn.Linear`."""
+
+
+class RFAConv1D(RFALayer):
+    """An adapted `transformers.pytorch_utils.Conv1D` (GPT-2's linear, its weight stored as `(K, N)`)."""
+
+    def _rows_weight(self) -> Tensor:
+        transposed: Tensor = self.weight.t()
+        return transposed
+
+    def _from_rows(self, rows: Tensor) -> Tensor:
+        return rows.t()
+
+    def _product(self, x: Tensor, weight: Tensor) -> Tensor:
+        return x @ weight
+
+
+class RFAConv2d(RFALayer, nn.Conv2d):
+    """An adapted :class:`torch.nn.Conv2d`, ungrouped or adapted group by group."""
+
+    def _is_convolution(self) -> bool:
+        return True
+
+    def _groups(self) -> int:
+        return self.groups
+
+    def _padded(self, x: Tensor) -> tuple[Tensor, Any]:
+        if self.padding_mode == "zeros":
+            return x, self.padding
+        return F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
+
+    def _product(self, x: Tensor, weight: Tensor) -> Tensor:
+        padded, padding = self._padded(x)
+        return F.conv2d(padded, weight, None, self.stride, padding, self.dilation, self.groups)
+
+    def _pair(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return F.conv2d(self._product(x, a), b, groups=self.groups)
+
+    def _fused(
+        self, x: Tensor, group: Tensor | None, target: Tensor | None, teacher: Tensor | None, per_sample: bool
+    ) -> functional.RFAOutput:
+        padded, padding = self._padded(x)
+        config = self.rfa_context.config
+        return functional.rfa_conv2d(
+            padded, self.weight, self.lora_a, self.lora_b, self.bias, scale=self.scale, stride=self.stride,
+            padding=padding, dilation=self.dilation, groups=self.groups, group=group, target=target,
+            retain_target=teacher, norm=config.norm, backend=config.backend,
+        )  # fmt: skip
+
+
+_CLASSES: dict[str, type[RFALayer]] = {"linear": RFALinear, "conv2d": RFAConv2d, "conv1d": RFAConv1D}
+_MIXED: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
+
+
+def adapted_class(kind: str, original: type[nn.Module]) -> type[nn.Module]:
+    """The class an adapted layer gets: ours, mixed with the original where that is a subclass of its own.
+
+    Example:
+        >>> adapted_class("linear", nn.Linear).__name__
+        'RFALinear'
+    """
+    ours = _CLASSES[kind]
+    if kind == "conv1d" or original in (nn.Linear, nn.Conv2d):
+        return ours
+    key = (ours, original)
+    if key not in _MIXED:
+        _MIXED[key] = type(f"RFA{original.__name__}", key, {"__module__": ours.__module__})
+    return _MIXED[key]
+
+
+def adapt(module: nn.Module, target: Target, config: RFAConfig, context: GroupContext, *, ambiguous: bool) -> RFALayer:
+    """Turn a frozen layer into an adapted one, in place.
+
+    Args:
+        module: the layer; its class changes, its tensors do not.
+        target: name and kind of the layer.
+        config: rank, alpha, adapter and dtype.
+        context: shared with the other layers of the model.
+        ambiguous: a module around the layer declares `batch_first=False`.
+
+    Returns:
+        `module` itself.
+    """
+    values = {
+        "rfa_name": target.name,
+        "rank": config.rank_of(target.name),
+        "alpha": config.alpha_of(target.name),
+        "scale": config.scale_of(target.name),
+        "adapter": config.adapter,
+        "rfa_original_class": type(module),
+        "rfa_context": context,
+        "rfa_ambiguous": ambiguous,
+    }
+    module.__class__ = adapted_class(target.kind, type(module))
+    if not isinstance(module, RFALayer):
+        raise TypeError(f"layer {target.name!r}: got {type(module).__name__}, expected an adapted class")
+    for key, value in values.items():
+        object.__setattr__(module, key, value)
+    module.register_buffer("feature_mean", None, persistent=False)
+    module.register_buffer("feature_mean_known", None, persistent=False)
+    seed = None if config.seed is None else _layer_seed(config.seed, target.name)
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    module.initialise_adapters(generator, config.adapter_dtype)
+    return module
+
+
+def restore(layer: RFALayer) -> nn.Module:
+    """Give an adapted layer its class back and drop what `adapt` added; weight and bias are not touched."""
+    original = layer.rfa_original_class
+    for name in ("lora_a", "lora_b", "magnitude"):
+        layer._parameters.pop(name, None)
+    for name in ("initial_a", "initial_b", "feature_mean", "feature_mean_known"):
+        layer._buffers.pop(name, None)
+        layer._non_persistent_buffers_set.discard(name)
+    for name in ("rfa_name", "rank", "alpha", "scale", "adapter", "rfa_original_class", "rfa_context", "rfa_ambiguous"):
+        layer.__dict__.pop(name, None)
+    layer.__class__ = original  # type: ignore[assignment]
+    return layer
+
+
+def _layer_seed(seed: int, name: str) -> int:
+    """A seed per layer, so that a layer starts the same whichever others are adapted beside it."""
+    digest = 0
+    for byte in name.encode():
+        digest = (digest * 1_000_003 + byte) % (2**31)
+    return (seed * 2_147_483_659 + digest) % (2**63 - 1)

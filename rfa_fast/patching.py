@@ -1,0 +1,423 @@
+"""`patch()` and the handle it returns: adapt a model in place, take its loss, merge or restore it.
+
+Nothing is copied. The frozen weights stay the model's own parameters; teacher mode runs the same
+weights with the adapters off. Everything `patch` changes (classes, `requires_grad`, train flags, a
+tied head) is remembered in the handle and undone by `merge` and `remove`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rfa_fast import ops
+from rfa_fast import targets as targets_module
+from rfa_fast.config import RFAConfig
+from rfa_fast.groups import Batch, GroupContext, LayerTerms, batch_of, make_batch
+from rfa_fast.head import check_labels, logits_and_task
+from rfa_fast.layer_report import Report, describe
+from rfa_fast.modules import RFALayer, adapt, restore
+from rfa_fast.objective import RFALoss, accumulation_dtype, combine
+from rfa_fast.ranks import fit_ranks
+from rfa_fast.targets import Plan, Targets
+from rfa_fast.undo import Undo
+
+Inputs = Tensor | Mapping[str, Any]
+
+
+def patch(model: nn.Module, targets: Targets = "deep", **options: Any) -> RFA:
+    """Freeze a model and put residual branches on the layers that `targets` selects, in place.
+
+    Args:
+        model: any module with Linear, Conv2d or transformers' Conv1D layers.
+        targets: `"all"`; `"deep"`, `"middle"`, `"shallow"` (last, central, first half of the repeated
+            blocks); a regex, matched in full; a list of names or dotted suffixes; or a callable
+            `(name, module) -> bool`. The four words take the paper's placement: convolutions of
+            residual blocks, feed-forward linears of transformer blocks, and (`"all"`, `"deep"`) the
+            classification head.
+        **options: the fields of :class:`rfa_fast.RFAConfig`: `rank=8, alpha=32, mode="residual",
+            norm="mse", gamma=0.5, weights=(1, 1, 1, 1), adapter="lora", …`.
+
+    Returns:
+        The handle: losses, report, merge and restore.
+
+    Raises:
+        ValueError: no layer matched, a listed layer cannot be adapted, the model is patched already, or
+            an option is out of range. Nothing has been changed then.
+        TypeError: quantised, integer or meta weights, or an option of the wrong type.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> rfa = patch(net, ["0"], rank=2)
+        >>> rfa.names
+        ('0',)
+        >>> rfa.remove()
+        >>> type(net[0]).__name__
+        'Linear'
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
+    unknown = sorted(set(options) - set(RFAConfig.__dataclass_fields__))
+    if unknown:
+        known = ", ".join(RFAConfig.__dataclass_fields__)
+        raise TypeError(f"patch: got unknown options {', '.join(unknown)}, expected some of {known}")
+    patched = [name for name, module in model.named_modules() if isinstance(module, RFALayer)]
+    if patched:
+        raise ValueError(
+            f"model: got one that is already patched ({patched[0]} and {len(patched) - 1} more), "
+            "expected an unpatched one; call merge() or remove() on its handle first"
+        )
+    config = RFAConfig(**options)
+    plan = targets_module.select(model, targets)
+    config = fit_ranks(model, plan, config)
+    ops.select(config.backend, torch.empty(0))
+    return RFA(model, plan, config)
+
+
+class RFA:
+    """Handle of a patched model; made by :func:`patch`.
+
+    Attributes:
+        model: the patched model.
+        config: its options.
+        names: adapted layers, in the order of `model.named_modules()`; m of eq. 6 is their number.
+        layers: name -> adapted layer.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan, config: RFAConfig) -> None:
+        self.model, self.config, self.plan = model, config, plan
+        self.names = tuple(target.name for target in plan.adapted)
+        self._undo = Undo(model)
+        self._context = GroupContext(config)
+        self._live = True
+        modules = dict(model.named_modules())
+        for target in plan.adapted:
+            if target.tied_to is not None:
+                self._undo.untie(modules[target.name], target)
+        model.requires_grad_(False)
+        self.layers: dict[str, RFALayer] = {}
+        try:
+            for target in plan.adapted:
+                ambiguous = targets_module.sequence_first(model, target.name)
+                self.layers[target.name] = adapt(
+                    modules[target.name], target, config, self._context, ambiguous=ambiguous
+                )
+        except BaseException:
+            self.layers = {n: m for n, m in modules.items() if isinstance(m, RFALayer)}
+            self.remove()
+            raise
+        model.eval()
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The trainable tensors, for an optimiser.
+
+        Example:
+            >>> rfa = patch(nn.Sequential(nn.Linear(4, 3)), ["0"], rank=2)
+            >>> [tuple(p.shape) for p in rfa.parameters()]
+            [(2, 4), (3, 2)]
+        """
+        return list(self.named_parameters().values())
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """The trainable tensors by name: `"layer4.0.conv1.lora_a"` and so on."""
+        self._check_live()
+        wanted = ("lora_a", "lora_b", "magnitude")
+        return {
+            f"{name}.{key}": layer._parameters[key]  # type: ignore[misc]
+            for name, layer in self.layers.items()
+            for key in wanted
+            if key in layer._parameters
+        }
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Everything training changes, apart from the optimiser: adapters, and the last x̃ and ỹ.
+
+        Returns:
+            Detached tensors that share storage with the model's.
+        """
+        out: dict[str, Tensor] = {name: p.detach() for name, p in self.named_parameters().items()}
+        for name, layer in self.layers.items():
+            for key in ("initial_a", "initial_b", "feature_mean", "feature_mean_known"):
+                value = layer._buffers.get(key)
+                if value is not None:
+                    out[f"{name}.{key}"] = value.detach()
+        if self._context.mean_prediction is not None:
+            out["mean_prediction"] = self._context.mean_prediction.detach()
+        return out
+
+    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put back what :meth:`state_tensors` gave.
+
+        Raises:
+            ValueError: a tensor is missing, unknown or of another shape; nothing has been changed then.
+        """
+        current = self.state_tensors()
+        volatile = ("feature_mean", "feature_mean_known", "mean_prediction")
+        required = {k for k in current if k.rpartition(".")[2] not in volatile}
+        optional = {f"{n}.{k}" for n in self.names for k in volatile} | {"mean_prediction"}
+        missing, unknown = sorted(required - set(tensors)), sorted(set(tensors) - required - optional)
+        if missing or unknown:
+            raise ValueError(
+                f"tensors: missing {missing[:3]}, unknown {unknown[:3]}; expected those of this patched model"
+            )
+        for name in required:
+            if tensors[name].shape != current[name].shape:
+                got, expected = tuple(tensors[name].shape), tuple(current[name].shape)
+                raise ValueError(f"{name}: got shape {got}, expected {expected}")
+        with torch.no_grad():
+            for name, value in tensors.items():
+                layer_name, _, key = name.rpartition(".")
+                if name in required:
+                    current[name].copy_(value)
+                elif layer_name:
+                    setattr(self.layers[layer_name], key, value.to(self._device(), copy=True))
+                else:
+                    self._context.mean_prediction = value.to(self._device(), copy=True)
+        self._context.seen_retain = "mean_prediction" in tensors or self._context.seen_retain
+
+    def loss(self, inputs: Inputs, labels: Tensor, forget: Tensor, valid: Tensor | None = None) -> RFALoss:
+        """Run the model and return the loss of eq. 1-6.
+
+        Args:
+            inputs: a tensor, or a transformers model's keyword dict (without `labels`).
+            labels: int64 `(B,)`, or `(B, T)` unshifted as in transformers; −100 is left out of the task
+                terms. Labels of forget samples are otherwise unread.
+            forget: bool `(B,)`.
+            valid: bool `(B,)` or `(B, T)`, and-ed with the attention mask; false is in no term.
+
+        Raises:
+            TypeError, ValueError: a mask or labels of the wrong dtype, shape, device or range, or an
+                adapted layer that did not run exactly once.
+
+        Example:
+            >>> rfa = patch(nn.Sequential(nn.Linear(4, 3)), ["0"], rank=2, seed=0)
+            >>> loss = rfa.loss(torch.ones(2, 4), torch.tensor([0, 1]), torch.tensor([False, True]))
+            >>> loss.total.backward()
+            >>> loss.retain_align
+            tensor(0., grad_fn=<AddBackward0>)
+        """
+        self._check_live()
+        if isinstance(inputs, Mapping) and "labels" in inputs:
+            raise ValueError("inputs: got the key 'labels', expected labels as an argument of their own")
+        if not isinstance(inputs, Tensor | Mapping):
+            raise TypeError(f"inputs: got {type(inputs).__name__}, expected a tensor or a dict of keyword arguments")
+        size, length, mask = batch_of(inputs)
+        check_labels(labels, size)
+        token_units = self.config.feature_mean == "token" or (self.config.feature_mean == "auto" and length is not None)
+        device = self._device()
+        batch = make_batch(forget, valid, device=device, size=size, length=length, token_units=token_units)
+        if mask is not None:
+            both = mask if valid is None else mask & (valid if valid.ndim == 2 else valid[:, None])
+            batch = make_batch(forget, both, device=device, size=size, length=length, token_units=token_units)
+        with self._under_way(batch):
+            if self.config.mode == "teacher":
+                self._teacher_pass(
+                    (inputs,) if isinstance(inputs, Tensor) else (), {} if isinstance(inputs, Tensor) else inputs
+                )
+            task = logits_and_task(self.model, inputs, labels, batch, self._context)
+            retain, forget_term = self._alignment()
+        self._context.mean_prediction = task.mean_prediction.detach()
+        return combine(
+            retain, forget_term, task.retain, task.forget, layers=len(self.names), gamma=self.config.gamma,
+            weights=self.config.weights,
+        )  # fmt: skip
+
+    @contextmanager
+    def groups(self, forget: Tensor, valid: Tensor | None = None) -> Iterator[None]:
+        """Context in which a forward of the model also records its alignment terms.
+
+        Args:
+            forget, valid: as :meth:`loss`; token inputs without `valid` count as all valid.
+
+        Example:
+            >>> net = nn.Sequential(nn.Linear(4, 3))
+            >>> rfa = patch(net, ["0"], rank=2, gamma=1.0)
+            >>> with rfa.groups(torch.tensor([False, True])):
+            ...     logits = net(torch.ones(2, 4))
+            ...     total = rfa.alignment_loss()
+            >>> total.ndim
+            0
+        """
+        self._check_live()
+        tokens_by_input = getattr(self.model, "main_input_name", None) == "input_ids"
+        token_units = self.config.feature_mean == "token" or (
+            self.config.feature_mean == "auto" and (tokens_by_input or (valid is not None and valid.ndim == 2))
+        )
+        batch = make_batch(forget, valid, device=self._device(), token_units=token_units)
+        hook = None
+        if self.config.mode == "teacher":
+            hook = self.model.register_forward_pre_hook(self._before_student, with_kwargs=True)
+        try:
+            with self._under_way(batch):
+                yield
+        finally:
+            if hook is not None:
+                hook.remove()
+
+    def alignment_loss(self) -> Tensor:
+        """γ/m · eq. 4 of the forward that ran inside :meth:`groups`; a 0-dim tensor.
+
+        Raises:
+            ValueError: no forward ran, or an adapted layer did not run exactly once.
+        """
+        self._check_live()
+        retain, forget = self._alignment()
+        zero = torch.zeros_like(retain)
+        terms = combine(
+            retain, forget, zero, zero, layers=len(self.names), gamma=self.config.gamma, weights=self.config.weights
+        )
+        return self.config.gamma / len(self.names) * terms.align
+
+    def layer_losses(self) -> dict[str, LayerTerms]:
+        """Retain and forget alignment of each adapted layer in the last loss."""
+        return {name: self._context.terms[name] for name in self.names if name in self._context.terms}
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Context in which the model is the original one, bit for bit.
+
+        Example:
+            >>> net = nn.Sequential(nn.Linear(4, 3))
+            >>> x, before = torch.ones(1, 4), net(torch.ones(1, 4))
+            >>> rfa = patch(net, ["0"], rank=2)
+            >>> with rfa.disabled():
+            ...     torch.equal(net(x), before)
+            True
+        """
+        self._check_live()
+        was, self._context.enabled = self._context.enabled, False
+        try:
+            yield
+        finally:
+            self._context.enabled = was
+
+    def merge(self, dtype: torch.dtype | None = None) -> dict[str, float]:
+        """Fold the adapters into the weights, `W' = W + sBA`, and give the layers their classes back.
+
+        The sum is taken in fp32 (fp64 for fp64 weights) and cast once.
+
+        Args:
+            dtype: cast the whole model to this floating dtype first; rounding into bf16 can undo the
+                forgetting, `torch.float32` keeps it.
+
+        Returns:
+            Per layer `‖W' − (W + sBA)‖ / ‖sBA‖`, the share of the change lost to rounding (0 where
+            the change is 0).
+
+        Raises:
+            FloatingPointError: an adapter holds NaN or infinity; nothing has been changed then.
+
+        Example:
+            >>> net = nn.Sequential(nn.Linear(4, 3))
+            >>> patch(net, ["0"], rank=2).merge()
+            {'0': 0.0}
+        """
+        self._check_live()
+        if dtype is not None and not dtype.is_floating_point:
+            raise TypeError(f"dtype: got {dtype}, expected a floating-point dtype")
+        with torch.no_grad():
+            for name, layer in self.layers.items():
+                if not bool(torch.isfinite(layer.delta_weight()).all()):
+                    raise FloatingPointError(
+                        f"layer {name!r}: got NaN or infinity in its adapters, expected finite ones"
+                    )
+            lost: dict[str, float] = {}
+            for name, layer in self.layers.items():
+                change = layer.delta_weight()
+                exact = layer.weight.to(change.dtype) + change
+                merged = exact.to(dtype or layer.weight.dtype)
+                size = float(torch.linalg.vector_norm(change))
+                lost[name] = float(torch.linalg.vector_norm(merged.to(change.dtype) - exact)) / size if size else 0.0
+                layer.weight.data = merged
+        self._restore(keep_untied=True)
+        if dtype is not None:
+            self.model.to(dtype)
+        worst = max(lost, key=lambda name: lost[name])
+        if lost[worst] > 0.1:
+            warnings.warn(
+                f"merge: rounding into {self.layers[worst].weight.dtype} lost {lost[worst]:.0%} of the change "
+                f"of {worst!r}, which can undo the forgetting; merge(dtype=torch.float32) keeps it",
+                stacklevel=2,
+            )
+        return lost
+
+    def remove(self) -> None:
+        """Take the adapters off again: weights, classes, `requires_grad` and train flags as before `patch`."""
+        self._check_live()
+        self._restore(keep_untied=False)
+
+    def report(self) -> Report:
+        """Adapted and skipped layers, with the reason for each; `print` it."""
+        self._check_live()
+        backend, why = ops.select(self.config.backend, next(iter(self.layers.values())).weight)
+        return describe(self.model, self.plan, self.layers, f"{backend} ({why})")
+
+    def save(self, directory: str | Path) -> Path:
+        """Write the adapters in PEFT's format; see :func:`rfa_fast.adapters.save_adapter`."""
+        from rfa_fast.adapters import save_adapter
+
+        self._check_live()
+        return save_adapter(self, directory)
+
+    def _teacher_pass(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Run the original model and keep the features of the layers to adapt."""
+        self._context.recording = True
+        try:
+            with torch.no_grad():
+                self.model(*args, **kwargs)
+        finally:
+            self._context.recording = False
+        self._context.check_calls(self.names)
+        self._context.calls = {}
+
+    def _before_student(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._context.enabled and not self._context.recording:
+            self._teacher_pass(args, kwargs)
+
+    @contextmanager
+    def _under_way(self, batch: Batch) -> Iterator[None]:
+        """Eval behaviour and group codes for one forward; train flags come back afterwards."""
+        if self._context.batch is not None:
+            raise ValueError("groups: got a second batch while one is under way, expected one at a time")
+        training = [module for module in self.model.modules() if module.training]
+        for module in training:
+            module.training = False
+        self._context.begin(batch)
+        try:
+            yield
+        finally:
+            self._context.batch = None
+            for module in training:
+                module.training = True
+
+    def _alignment(self) -> tuple[Tensor, Tensor]:
+        self._context.check_calls(self.names)
+        wide = accumulation_dtype(next(iter(self._context.terms.values())).retain.dtype)
+        terms = [self._context.terms[name] for name in self.names]
+        retain = sum((t.retain.to(wide) for t in terms[1:]), start=terms[0].retain.to(wide) + 0)
+        forget = sum((t.forget.to(wide) for t in terms[1:]), start=terms[0].forget.to(wide) + 0)
+        return retain, forget
+
+    def _restore(self, *, keep_untied: bool) -> None:
+        for layer in self.layers.values():
+            restore(layer)
+        self._undo.restore(keep_untied=keep_untied)
+        self._live = False
+
+    def _device(self) -> torch.device:
+        device: torch.device = next(iter(self.layers.values())).weight.device
+        return device
+
+    def _check_live(self) -> None:
+        if not self._live:
+            raise ValueError("RFA: got a handle whose adapters were merged or removed; call patch() again")
+
+    def __repr__(self) -> str:
+        state = f"{len(self.names)} layers" if self._live else "merged or removed"
+        return f"RFA({type(self.model).__name__}, {state}, {self.config.adapter}, rank {self.config.rank})"

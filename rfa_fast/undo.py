@@ -1,0 +1,59 @@
+"""What `patch` found and changed besides the layers, so that `merge` and `remove` can put it back."""
+
+from __future__ import annotations
+
+import warnings
+
+from torch import nn
+
+from rfa_fast.targets import Target
+
+
+class Undo:
+    """Remembers `requires_grad`, train flags and a tied head of a model.
+
+    Example:
+        >>> net = nn.Linear(2, 2)
+        >>> undo = Undo(net)
+        >>> _ = net.requires_grad_(False).eval()
+        >>> undo.restore(keep_untied=True)
+        >>> net.weight.requires_grad, net.training
+        (True, True)
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._config: object = getattr(model, "config", None)
+        self._requires_grad = [(p, p.requires_grad) for p in model.parameters()]
+        self._training = [(m, m.training) for m in model.modules()]
+        self._untied: list[tuple[nn.Module, nn.Parameter]] = []
+        self._tie_flag: bool | None = None
+
+    def untie(self, head: nn.Module, target: Target) -> None:
+        """Give a tied head a weight of its own, say so, and correct the model's configuration."""
+        weight = head._parameters["weight"]
+        if weight is None:
+            raise TypeError(f"layer {target.name!r}: got no weight, expected a Parameter")
+        warnings.warn(
+            f"{target.name}: its weight is tied to {target.tied_to}; it gets a copy of its own, and the model's "
+            "configuration says so from now on (tie_word_embeddings=False)",
+            stacklevel=4,
+        )
+        own = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+        self._untied.append((head, weight))
+        self._requires_grad.append((own, weight.requires_grad))
+        head._parameters["weight"] = own
+        if hasattr(self._config, "tie_word_embeddings"):
+            self._tie_flag = bool(self._config.tie_word_embeddings)
+            self._config.tie_word_embeddings = False
+
+    def restore(self, *, keep_untied: bool) -> None:
+        """Put the flags back, and the tied weight unless it was merged into."""
+        if not keep_untied:
+            for head, weight in self._untied:
+                head._parameters["weight"] = weight
+            if self._tie_flag is not None and hasattr(self._config, "tie_word_embeddings"):
+                self._config.tie_word_embeddings = self._tie_flag
+        for parameter, flag in self._requires_grad:
+            parameter.requires_grad_(flag)
+        for module, training in self._training:
+            module.training = training
