@@ -1,0 +1,262 @@
+"""The operators: every backend against the float64 reference, under the error rule of CONTRIBUTING.md."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rfa_fast.functional import rfa_conv2d, rfa_head_loss, rfa_linear
+
+LINEAR_SHAPES = [
+    pytest.param((1, 1, 1), 1, id="all-one"),
+    pytest.param((7, 13, 5), 3, id="odd"),
+    pytest.param((33, 64, 65), 8, id="rank-8"),
+    pytest.param((5, 130, 127), 64, id="rank-64"),
+]
+
+
+def leaf(*shape, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+
+
+def group_of(n, kind, seed=0):
+    if kind == "mixed":
+        return torch.randint(-1, 2, (n,), generator=torch.Generator().manual_seed(seed), dtype=torch.int8)
+    return torch.full((n,), {"retain": 0, "forget": 1, "ignored": -1}[kind], dtype=torch.int8)
+
+
+def run(operator, tensors, weights=(0.7, 0.3), **options):
+    """Outputs and gradients of a scalar that mixes the output with both losses."""
+    tensors = {k: v.detach().clone().requires_grad_(v.requires_grad) for k, v in tensors.items()}
+    out = operator(**tensors, **options)
+    total = (out.output.double() * torch.linspace(-1, 1, out.output.numel()).reshape(out.output.shape)).sum()
+    total = total + weights[0] * out.retain_loss + weights[1] * out.forget_loss
+    wanted = {k: v for k, v in tensors.items() if k in ("x", "lora_a", "lora_b")}
+    grads = torch.autograd.grad(total, list(wanted.values()))
+    results = {"output": out.output, "retain": out.retain_loss, "forget": out.forget_loss}
+    return {**results, **{f"grad {k}": g for k, g in zip(wanted, grads, strict=True)}}
+
+
+def assert_error_rule(ours, same_dtype, exact, working):
+    """err(ours, fp64) ≤ 2 · err(torch in the same dtype, fp64) + tiny, in maximum and RMS.
+
+    `tiny` is half a unit in the last place of the working dtype (eight of fp32, the sums' own) at the
+    size of the truth: the rival's error of a scalar can be 0 by luck, not by right.
+    """
+    for name, truth in exact.items():
+        value, rival = ours[name].double(), same_dtype[name].double()
+        assert value.shape == truth.shape
+        assert bool(torch.isfinite(value).all()), name
+        tiny = max(torch.finfo(working).eps / 2, 8 * torch.finfo(torch.float32).eps) * float(truth.detach().abs().max())
+        for measure in (lambda e: e.abs().max(), lambda e: e.square().mean().sqrt()):
+            mine, theirs = (float(measure((v - truth).detach())) for v in (value, rival))
+            assert mine <= 2 * theirs + tiny, (name, mine, theirs, tiny)
+
+
+def linear_case(shape, rank, dtype):
+    m, k, n = shape
+    return {
+        "x": leaf(m, k, seed=1), "weight": leaf(n, k, seed=2).detach(), "lora_a": leaf(rank, k, seed=3),
+        "lora_b": leaf(n, rank, seed=4), "bias": leaf(n, seed=5).detach(),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("norm", ["mse", "l2"])
+@pytest.mark.parametrize("kind", ["mixed", "retain", "forget", "ignored"])
+@pytest.mark.parametrize(("shape", "rank"), LINEAR_SHAPES)
+def test_linear_under_the_error_rule(shape, rank, kind, norm, dtype):
+    exact_in = linear_case(shape, rank, torch.float64)
+    rounded = {k: v.detach().to(dtype).requires_grad_(v.requires_grad) for k, v in exact_in.items()}
+    options = {"scale": 0.5, "group": group_of(shape[0], kind), "norm": norm}
+    widened = {k: v.detach().double().requires_grad_(v.requires_grad) for k, v in rounded.items()}
+    exact = run(rfa_linear, widened, **options, backend="reference")
+    ours = run(rfa_linear, rounded, **options, backend="torch")
+    same_dtype = run(rfa_linear, rounded, **options, backend="reference")
+    assert ours["output"].dtype == dtype
+    assert ours["retain"].dtype == torch.float32
+    assert_error_rule(ours, same_dtype, exact, dtype)
+
+
+CONVOLUTIONS = [
+    pytest.param({}, (3, 3), id="plain"),
+    pytest.param({"stride": 2, "padding": 1}, (3, 3), id="stride"),
+    pytest.param({"padding": "same"}, (2, 4), id="same-even-kernel"),
+    pytest.param({"padding": (2, 1), "dilation": (2, 1)}, (3, 3), id="dilation"),
+    pytest.param({"groups": 2, "padding": 1}, (3, 3), id="groups"),
+    pytest.param({"groups": 4}, (1, 1), id="depthwise-1x1"),
+    pytest.param({}, (1, 1), id="1x1"),
+]
+
+
+def convolution_case(options, kernel, channels=4, outputs=8, rank=3):
+    groups = options.get("groups", 1)
+    return {
+        "x": leaf(5, channels, 7, 6, seed=1), "weight": leaf(outputs, channels // groups, *kernel, seed=2).detach(),
+        "lora_a": leaf(groups * rank, channels // groups, *kernel, seed=3), "lora_b": leaf(outputs, rank, 1, 1, seed=4),
+        "bias": leaf(outputs, seed=5).detach(),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("norm", ["mse", "l2"])
+@pytest.mark.parametrize("kind", ["mixed", "retain", "forget", "ignored"])
+@pytest.mark.parametrize(("options", "kernel"), CONVOLUTIONS)
+def test_convolution_equals_the_reference(options, kernel, kind, norm):
+    tensors = convolution_case(options, kernel)
+    options = {**options, "scale": 1.5, "group": group_of(5, kind), "norm": norm}
+    exact = run(rfa_conv2d, tensors, **options, backend="reference")
+    ours = run(rfa_conv2d, tensors, **options, backend="torch")
+    for name, truth in exact.items():
+        assert torch.allclose(ours[name], truth, rtol=1e-10, atol=1e-10), name
+
+
+@pytest.mark.parametrize(("options", "kernel"), CONVOLUTIONS)
+def test_convolution_output_equals_a_dense_convolution(options, kernel):
+    tensors = convolution_case(options, kernel)
+    out = rfa_conv2d(**tensors, **options, scale=1.5).output
+    groups = options.get("groups", 1)
+    rows = []
+    for g in range(groups):
+        a = tensors["lora_a"].chunk(groups)[g].flatten(1)
+        b = tensors["lora_b"].chunk(groups)[g].flatten(1)
+        rows.append((b @ a).reshape(-1, *tensors["weight"].shape[1:]))
+    dense = tensors["weight"] + 1.5 * torch.cat(rows)
+    assert torch.allclose(out, torch.nn.functional.conv2d(tensors["x"], dense, tensors["bias"], **options), rtol=1e-10)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("unit", ["row", "sample"])
+@pytest.mark.parametrize("norm", ["mse", "l2"])
+def test_gradcheck_at_b_zero_and_random(backend, unit, norm):
+    group = torch.tensor([[0, -1, 0], [1, 1, -1]], dtype=torch.int8)
+    weight, target = leaf(4, 5, seed=2).detach(), leaf(4, seed=9).detach()
+
+    def losses(x, a, b):
+        out = rfa_linear(x, weight, a, b, scale=2.0, group=group, target=target, norm=norm, unit=unit, backend=backend)
+        return out.output, out.retain_loss, out.forget_loss
+
+    assert torch.autograd.gradcheck(losses, [leaf(2, 3, 5), leaf(2, 5, seed=1), leaf(4, 2, seed=3)])
+    zero = torch.zeros(4, 2, dtype=torch.float64, requires_grad=True)
+    out = losses(leaf(2, 3, 5), leaf(2, 5, seed=1), zero)
+    grad = torch.autograd.grad(out[1] + out[2], zero)[0]
+    assert bool(torch.isfinite(grad).all())
+    assert float(grad.abs().sum()) > 0
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_a_zero_row_batch_is_a_correct_empty_result(backend):
+    tensors = linear_case((0, 4, 3), 2, torch.float64)
+    out = rfa_linear(**tensors, scale=1.0, group=torch.zeros(0, dtype=torch.int8), backend=backend)
+    assert out.output.shape == (0, 3)
+    assert (float(out.retain_loss.detach()), float(out.forget_loss.detach())) == (0.0, 0.0)
+
+
+def test_non_contiguous_inputs_and_a_group_over_the_first_axis():
+    x = leaf(4, 6, 3).transpose(1, 2)
+    a, b, w = leaf(2, 6, seed=1), leaf(5, 2, seed=2), leaf(5, 6, seed=3).detach()
+    group = torch.tensor([0, 1, 0, -1], dtype=torch.int8)
+    out = rfa_linear(x, w, a, b, scale=1.0, group=group, emit_residual=True)
+    full = rfa_linear(x.contiguous(), w, a, b, scale=1.0, group=group[:, None].expand(4, 3).contiguous())
+    assert torch.allclose(out.residual, (x @ a.T) @ b.T)
+    assert float(out.retain_loss) == pytest.approx(float(full.retain_loss))
+    assert float(out.forget_loss) == pytest.approx(float(full.forget_loss))
+
+
+@given(m=st.integers(0, 9), k=st.integers(1, 9), n=st.integers(1, 9), rank=st.integers(1, 5), seed=st.integers(0, 99))
+@settings(max_examples=40, deadline=None)
+def test_backends_agree_on_drawn_shapes(m, k, n, rank, seed):
+    x, w = leaf(m, k, seed=seed), leaf(n, k, seed=seed + 1).detach()
+    a, b = leaf(rank, k, seed=seed + 2), leaf(n, rank, seed=seed + 3)
+    group = group_of(m, "mixed", seed)
+    results = [
+        run(rfa_linear, {"x": x, "weight": w, "lora_a": a, "lora_b": b}, scale=0.3, group=group, backend=backend)
+        for backend in ("reference", "torch")
+    ]
+    for name, truth in results[0].items():
+        assert torch.allclose(results[1][name], truth, rtol=1e-9, atol=1e-9), name
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["frozen", "adapted"])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("rows_per_chunk", [1, 3, 100])
+def test_the_chunked_head_equals_all_the_logits(adapted, softcap, rows_per_chunk):
+    hidden, weight, bias = leaf(11, 5), leaf(7, 5, seed=1).detach(), leaf(7, seed=2).detach()
+    adapters = {"lora_a": leaf(2, 5, seed=3), "lora_b": leaf(7, 2, seed=4)} if adapted else {}
+    labels = torch.tensor([0, 6, -100, 3, 2, -100, 1, 5, 4, 0, 2])
+    group = torch.tensor([0, 1, 1, 0, -1, 0, 1, 0, 1, 0, 0], dtype=torch.int8)
+    results = []
+    for options in ({"backend": "reference"}, {"backend": "torch", "chunk_bytes": 4 * 7 * rows_per_chunk}):
+        out = rfa_head_loss(hidden, weight, labels, group, bias, **adapters, scale=0.5, softcap=softcap, **options)
+        total = out.retain + 0.4 * out.forget
+        if adapted:
+            total = total + 0.3 * out.retain_align + 0.2 * out.forget_align
+        results.append([total, out.mean_prediction, *torch.autograd.grad(total, [hidden, *adapters.values()])])
+    for ours, truth in zip(results[1], results[0], strict=True):
+        assert torch.allclose(ours, truth, rtol=1e-10, atol=1e-12)
+    logits = hidden @ weight.T + bias
+    if adapted:
+        logits = logits + 0.5 * (hidden @ adapters["lora_a"].T) @ adapters["lora_b"].T
+    logits = logits if softcap is None else softcap * (logits / softcap).tanh()
+    kept = (group == 0) & (labels != -100)
+    expected = torch.nn.functional.cross_entropy(logits[kept], labels[kept], reduction="sum")
+    assert float(out.retain.detach()) == pytest.approx(float(expected.detach()), rel=1e-12)
+
+
+def valid_arguments():
+    return {
+        "x": torch.zeros(4, 6), "weight": torch.zeros(5, 6), "lora_a": torch.zeros(2, 6), "lora_b": torch.zeros(5, 2),
+        "scale": 1.0,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"x": torch.zeros(4, 7)}, ValueError, ["x", "(4, 7)", "6"]),
+        ({"x": torch.zeros(4, 6, dtype=torch.int32)}, TypeError, ["x", "int32", "floating"]),
+        ({"weight": torch.zeros(5)}, ValueError, ["weight", "1 axes", "2"]),
+        ({"lora_a": torch.zeros(3, 6)}, ValueError, ["lora_a", "(3, 6)"]),
+        ({"bias": torch.zeros(4)}, ValueError, ["bias", "(4,)", "(5,)"]),
+        ({"lora_b": torch.zeros(5, 2, device="meta")}, ValueError, ["lora_b", "meta", "cpu"]),
+        ({"group": torch.zeros(4)}, TypeError, ["group", "float32", "int8"]),
+        ({"group": torch.zeros(3, dtype=torch.int8)}, ValueError, ["group", "(3,)", "(4,)"]),
+        (
+            {"group": torch.zeros(4, dtype=torch.int8), "target": torch.zeros(4)},
+            ValueError,
+            ["target", "(4,)", "(4, 5)"],
+        ),
+        ({"norm": "l1"}, ValueError, ["norm", "'l1'", "'l2'"]),
+        ({"unit": "token"}, ValueError, ["unit", "'token'", "'row'"]),
+        ({"backend": "cuda"}, ValueError, ["backend", "'cuda'", "'torch'"]),
+        ({"backend": "triton"}, ValueError, ["backend", "'triton'", "'auto'"]),
+    ],
+)
+def test_wrong_arguments_are_named(changes, error, words):
+    with pytest.raises(error) as caught:
+        rfa_linear(**{**valid_arguments(), **changes})
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_wrong_arguments_of_the_convolution_and_the_head():
+    x, w = torch.zeros(2, 4, 5, 5), torch.zeros(6, 2, 3, 3)
+    with pytest.raises(ValueError, match=r"x: got shape \(2, 4, 5, 5\), expected \(B, 2, H, W\)"):
+        rfa_conv2d(x, w, torch.zeros(3, 2, 3, 3), torch.zeros(6, 3, 1, 1), scale=1.0)
+    with pytest.raises(ValueError, match=r"lora_a, lora_b.*expected \(6, 2, 3, 3\)"):
+        rfa_conv2d(x, w, torch.zeros(3, 2, 3, 3), torch.zeros(6, 3, 1, 1), scale=1.0, groups=2)
+    with pytest.raises(ValueError, match="group: got shape"):
+        rfa_conv2d(
+            x, w, torch.zeros(6, 2, 3, 3), torch.zeros(6, 3, 1, 1), scale=1.0, groups=2,
+            group=torch.zeros(2, 1, dtype=torch.int8),
+        )  # fmt: skip
+    hidden, head, group = torch.zeros(3, 4), torch.zeros(9, 4), torch.zeros(3, dtype=torch.int8)
+    with pytest.raises(TypeError, match="labels: got torch.int32"):
+        rfa_head_loss(hidden, head, torch.zeros(3, dtype=torch.int32), group)
+    with pytest.raises(ValueError, match=r"labels: got shape \(2,\)"):
+        rfa_head_loss(hidden, head, torch.zeros(2, dtype=torch.int64), group)
+    with pytest.raises(ValueError, match="expected both or neither"):
+        rfa_head_loss(hidden, head, torch.zeros(3, dtype=torch.int64), group, lora_a=torch.zeros(1, 4))
+    with pytest.raises(ValueError, match="chunk_bytes: got 0"):
+        rfa_head_loss(hidden, head, torch.zeros(3, dtype=torch.int64), group, chunk_bytes=0)
