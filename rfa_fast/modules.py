@@ -332,7 +332,9 @@ def adapted_class(kind: str, original: type[nn.Module]) -> type[nn.Module]:
     return _MIXED[key]
 
 
-def adapt(module: nn.Module, target: Target, config: RFAConfig, context: GroupContext, *, ambiguous: bool) -> RFALayer:
+def adapt(
+    module: nn.Module, target: Target, config: RFAConfig, context: GroupContext, *, ambiguous: bool, plain_name: str
+) -> RFALayer:
     """Turn a frozen layer into an adapted one, in place.
 
     Args:
@@ -341,6 +343,7 @@ def adapt(module: nn.Module, target: Target, config: RFAConfig, context: GroupCo
         config: rank, alpha, adapter and dtype.
         context: shared with the other layers of the model.
         ambiguous: a module around the layer declares `batch_first=False`.
+        plain_name: the name without wrappers; seeds the layer, so that wrapping a model changes nothing.
 
     Returns:
         `module` itself.
@@ -362,7 +365,7 @@ def adapt(module: nn.Module, target: Target, config: RFAConfig, context: GroupCo
         object.__setattr__(module, key, value)
     module.register_buffer("feature_mean", None, persistent=False)
     module.register_buffer("feature_mean_known", None, persistent=False)
-    seed = None if config.seed is None else _layer_seed(config.seed, target.name)
+    seed = None if config.seed is None else _layer_seed(config.seed, plain_name)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     module.initialise_adapters(generator, config.adapter_dtype)
     return module

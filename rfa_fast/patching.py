@@ -23,6 +23,7 @@ from rfa_fast.groups import Batch, GroupContext, LayerTerms, batch_of, make_batc
 from rfa_fast.head import check_labels, logits_and_task
 from rfa_fast.layer_report import Report, describe
 from rfa_fast.modules import RFALayer, adapt, restore
+from rfa_fast.names import canonical_names
 from rfa_fast.objective import RFALoss, accumulation_dtype, combine
 from rfa_fast.ranks import fit_ranks
 from rfa_fast.targets import Plan, Targets
@@ -96,7 +97,7 @@ class RFA:
         self._undo = Undo(model)
         self._context = GroupContext(config)
         self._live = True
-        modules = dict(model.named_modules())
+        modules, plain = dict(model.named_modules()), canonical_names(model)
         for target in plan.adapted:
             if target.tied_to is not None:
                 self._undo.untie(modules[target.name], target)
@@ -106,7 +107,12 @@ class RFA:
             for target in plan.adapted:
                 ambiguous = targets_module.sequence_first(model, target.name)
                 self.layers[target.name] = adapt(
-                    modules[target.name], target, config, self._context, ambiguous=ambiguous
+                    modules[target.name],
+                    target,
+                    config,
+                    self._context,
+                    ambiguous=ambiguous,
+                    plain_name=plain[target.name],
                 )
         except BaseException:
             self.layers = {n: m for n, m in modules.items() if isinstance(m, RFALayer)}
@@ -358,12 +364,12 @@ class RFA:
         backend, why = ops.select(self.config.backend, next(iter(self.layers.values())).weight)
         return describe(self.model, self.plan, self.layers, f"{backend} ({why})")
 
-    def save(self, directory: str | Path) -> Path:
+    def save(self, directory: str | Path, *, overwrite: bool = False) -> Path:
         """Write the adapters in PEFT's format; see :func:`rfa_fast.adapters.save_adapter`."""
         from rfa_fast.adapters import save_adapter
 
         self._check_live()
-        return save_adapter(self, directory)
+        return save_adapter(self, directory, overwrite=overwrite)
 
     def _teacher_pass(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Run the original model and keep the features of the layers to adapt."""

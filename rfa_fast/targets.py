@@ -186,6 +186,8 @@ def _by_placement(
             reasons[name] = (
                 "grouped convolution: a low-rank pair across groups could not be merged; name it to adapt it"
             )
+        elif getattr(module, "out_features", 0) == 1:
+            reasons[name] = "a gate with a single output: it weighs a branch and has no feature to align"
         elif not isinstance(module, nn.Conv2d) and _in_attention(model, name):
             reasons[name] = "attention projection: the paper adapts the feed-forward layers"
         else:

@@ -1,0 +1,43 @@
+"""Names of layers as the user wrote the model: without what compiling or wrapping put in."""
+
+from __future__ import annotations
+
+from torch import nn
+
+_WRAPPERS = {
+    "OptimizedModule": "_orig_mod",
+    "DataParallel": "module",
+    "DistributedDataParallel": "module",
+    "FullyShardedDataParallel": "_fsdp_wrapped_module",
+    "CheckpointWrapper": "_checkpoint_wrapped_module",
+    "AveragedModel": "module",
+    "DeepSpeedEngine": "module",
+    "PeftModel": "base_model",
+    "BaseTuner": "model",
+}
+
+
+def canonical_names(model: nn.Module) -> dict[str, str]:
+    """Module name -> its name without what compiling or wrapping put in.
+
+    Example:
+        >>> canonical_names(nn.DataParallel(nn.Sequential(nn.Linear(1, 1))))
+        {'': '', 'module': '', 'module.0': '0'}
+    """
+    modules, plain = dict(model.named_modules()), {"": ""}
+    for name in modules:
+        if name:
+            parent, _, leaf = name.rpartition(".")
+            inside = plain[parent]
+            plain[name] = inside if leaf == hidden_child(modules[parent]) else f"{inside}.{leaf}" if inside else leaf
+    return plain
+
+
+def hidden_child(module: nn.Module) -> str | None:
+    """The child that a wrapper hides the model in, or `None` when the module is no wrapper.
+
+    Example:
+        >>> hidden_child(nn.DataParallel(nn.Linear(1, 1))), hidden_child(nn.Linear(1, 1))
+        ('module', None)
+    """
+    return next((_WRAPPERS[c.__name__] for c in type(module).__mro__ if c.__name__ in _WRAPPERS), None)
