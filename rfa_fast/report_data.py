@@ -1,0 +1,329 @@
+"""The numbers of one unlearning scenario: columns, rows, and what the plots are drawn from.
+
+Values are checked when a scenario is put together, not when it is written, so that a run never
+reaches its last line only to find that its results cannot be saved. What can be converted without
+loss is (NumPy and torch scalars, tuples, paths); anything else is an error that names the field.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, SupportsFloat, TypeVar
+
+import torch
+
+Better = Literal["closer to Retrain", "higher", "lower"]
+_BETTER = ("closer to Retrain", "higher", "lower")
+_CONFIDENCE_DIGITS = 5
+_LOSS_DIGITS = 7
+_SUBSETS = {
+    "D_r": "training samples that are kept",
+    "D_f": "training samples to forget",
+    "D_rt": "test samples of what is kept",
+    "D_ft": "test samples of what is forgotten",
+    "D_t": "test samples",
+    "D_v": "validation samples",
+}
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One column of a results table.
+
+    Attributes:
+        key: the name under which :attr:`MethodRow.metrics` holds the figure.
+        label: the heading; `D_rt` is set with a subscript on the page. Empty: the key.
+        unit: `"%"` shows a fraction as a percentage, `""` shows it as it is.
+        better: what counts as falling short of Retrain. `"higher"` forgives a figure above it,
+            `"lower"` one below it, `"closer to Retrain"` neither.
+        digits: decimals on the screen; the page shows one more.
+        tolerance: the shortfall, in the figure's own unit, that still counts as close. `None`:
+            one point for `"%"`, else 5 % of Retrain's figure.
+        group: a heading shared with the neighbouring columns of the same group.
+        about: what the column measures, in half a sentence.
+
+    Raises:
+        ValueError: an unknown unit or direction, negative digits or tolerance, an empty key.
+
+    Example:
+        >>> Metric("D_rt", unit="%").format(0.9141)
+        '91.4'
+    """
+
+    key: str
+    label: str = ""
+    unit: Literal["", "%"] = ""
+    better: Better = "closer to Retrain"
+    digits: int = 1
+    tolerance: float | None = None
+    group: str = ""
+    about: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("key", "label", "group", "about"):
+            as_text(f"metric {name}", getattr(self, name))
+        if not self.key:
+            raise ValueError("metric key: got an empty string, expected the name the rows use")
+        if not self.label:
+            object.__setattr__(self, "label", self.key)
+        if self.unit not in ("", "%"):
+            raise ValueError(f"unit of {self.key}: got {self.unit!r}, expected '' or '%'")
+        if self.better not in _BETTER:
+            raise ValueError(f"better of {self.key}: got {self.better!r}, expected one of {', '.join(_BETTER)}")
+        if isinstance(self.digits, bool) or not isinstance(self.digits, int) or self.digits < 0:
+            raise ValueError(f"digits of {self.key}: got {self.digits!r}, expected an integer >= 0")
+        if self.tolerance is not None and not as_number(f"tolerance of {self.key}", self.tolerance) > 0:
+            raise ValueError(f"tolerance of {self.key}: got {self.tolerance!r}, expected a number > 0")
+
+    def format(self, value: float, extra: int = 0, *, signed: bool = False) -> str:
+        """The figure as it is printed, without its unit, with `digits + extra` decimals.
+
+        Example:
+            >>> Metric("D_f", unit="%").format(-0.0312, signed=True)
+            '-3.1'
+        """
+        if math.isnan(value):
+            return "n/a"
+        if math.isinf(value):
+            return "inf" if value > 0 else "-inf"
+        text = f"{value * (100 if self.unit == '%' else 1):+.{self.digits + extra}f}"
+        return text[1:] if text.strip("+-0.") == "" or (text[0] == "+" and not signed) else text
+
+    def shortfall(self, value: float, reference: float) -> float:
+        """How far `value` falls short of `reference`, in tolerances: 0 as good, up to 1 close, above 3 far.
+
+        Example:
+            >>> accuracy = Metric("D_rt", unit="%", better="higher")
+            >>> round(accuracy.shortfall(0.89, 0.91), 6), accuracy.shortfall(0.93, 0.91)
+            (2.0, 0.0)
+        """
+        gap = value - reference
+        if self.better != "closer to Retrain":
+            gap = max(0.0, -gap if self.better == "higher" else gap)
+        near = self.tolerance or (0.01 if self.unit == "%" else 0.05 * abs(reference))
+        if gap == 0:
+            return 0.0
+        return abs(gap) / near if near else math.inf
+
+
+@dataclass
+class MethodRow:
+    """One method's figures: `metrics` by :attr:`Metric.key`, `seconds` of wall-clock time or `None`."""
+
+    method: str
+    metrics: dict[str, float] = field(default_factory=dict)
+    seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        as_text("method", self.method)
+        self.metrics = as_numbers(f"metrics of {self.method}", self.metrics)
+        if self.seconds is not None:
+            self.seconds = as_number(f"seconds of {self.method}", self.seconds)
+
+
+@dataclass
+class Example:
+    """A text the model continues: the prompt, and what it writes before and after."""
+
+    prompt: str
+    before: str
+    after: str
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "before", "after"):
+            as_text(f"example {name}", getattr(self, name))
+
+
+@dataclass
+class Scenario:
+    """One thing that was forgotten: the rows of its table and the numbers behind its plots.
+
+    Attributes:
+        title: for instance `"Class unlearning: forget digit 3"`.
+        rows: one per method, in the order shown.
+        metrics: the columns; empty: one per key of the rows, with the field's usual meaning.
+        original, reference: the `method` of the rows that are no unlearning methods. Gaps are to
+            `reference`; with no such row, none are shown.
+        forgotten: the class names (keys of `per_class_before`) that were forgotten.
+        per_class_before, per_class_after: class name -> accuracy in [0, 1]; the same classes.
+        feature_distance: method or subset (`"D_r"`, `"D_f"`) -> layer name -> distance; layers in depth order.
+        confidence: `"forget before"`, `"forget after"`, `"test"` -> one confidence per sample, kept to
+            five decimals.
+        losses: one mapping per step: `step` and any of `total`, `retain_align`, `forget_align`,
+            `retain_task`, `forget_task`; other numbers (`lr`, `seconds`) are kept and not drawn. Kept to
+            seven significant digits, about what fp32 carries.
+        examples: texts before and after, for a model that writes.
+        notes: sentences printed below the table.
+        settings: JSON-safe values that were chosen.
+
+    A number that is `None` stands for "not measured" and is kept as NaN.
+
+    Raises:
+        TypeError: a value that is not what its field says.
+        ValueError: a repeated method or column, a figure that no column shows, per-class accuracies
+            of different classes.
+
+    Example:
+        >>> rows = [MethodRow("Retrain", {"D_rt": 0.914}, 402.0), MethodRow("RFA", {"D_rt": 0.912}, 31.0)]
+        >>> [m.unit for m in Scenario("forget class 3", rows).metrics]
+        ['%']
+    """
+
+    title: str
+    rows: list[MethodRow] = field(default_factory=list)
+    metrics: list[Metric] = field(default_factory=list)
+    original: str = "Original"
+    reference: str = "Retrain"
+    forgotten: list[str] = field(default_factory=list)
+    per_class_before: dict[str, float] = field(default_factory=dict)
+    per_class_after: dict[str, float] = field(default_factory=dict)
+    feature_distance: dict[str, dict[str, float]] = field(default_factory=dict)
+    confidence: dict[str, list[float]] = field(default_factory=dict)
+    losses: list[dict[str, float]] = field(default_factory=list)
+    examples: list[Example] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("title", "original", "reference"):
+            as_text(name, getattr(self, name))
+        self.rows = as_list("rows", self.rows, MethodRow)
+        self.examples = as_list("examples", self.examples, Example)
+        self.notes = as_list("notes", self.notes, str)
+        self.forgotten = as_list("forgotten", self.forgotten, str)
+        _check_unique("method", [row.method for row in self.rows])
+        keys = list(dict.fromkeys(key for row in self.rows for key in row.metrics))
+        if not self.metrics:
+            self.metrics = [standard_metric(key) for key in keys]
+        self.metrics = as_list("metrics", self.metrics, Metric)
+        columns = [metric.key for metric in self.metrics]
+        _check_unique("metric", columns)
+        if extra := [key for key in keys if key not in columns]:
+            raise ValueError(
+                f"metrics: the rows have {', '.join(map(repr, extra))}, which no column shows; "
+                f"got columns {', '.join(map(repr, columns))}: add a Metric or drop the figure"
+            )
+        self.per_class_before = as_numbers("per_class_before", self.per_class_before)
+        self.per_class_after = as_numbers("per_class_after", self.per_class_after)
+        classes = set(self.per_class_before)
+        if self.per_class_after and set(self.per_class_after) != classes:
+            different = ", ".join(map(repr, sorted(classes ^ set(self.per_class_after))))
+            raise ValueError(f"per_class_after: expected the classes of per_class_before, but only one has {different}")
+        if classes and (unknown := sorted(set(self.forgotten) - classes)):
+            raise ValueError(f"forgotten: got {unknown}, expected some of the classes {sorted(classes)}")
+        self.feature_distance = {
+            as_text("feature_distance key", key): as_numbers(f"feature_distance[{key!r}]", layers)
+            for key, layers in as_mapping("feature_distance", self.feature_distance).items()
+        }
+        self.confidence = {
+            as_text("confidence key", key): _rounded(f"confidence[{key!r}]", values)
+            for key, values in as_mapping("confidence", self.confidence).items()
+        }
+        self.losses = [
+            {
+                k: v if isinstance(v, int) else float(f"{v:.{_LOSS_DIGITS}g}")
+                for k, v in as_numbers("losses", step).items()
+            }
+            for step in as_iterable("losses", self.losses)
+        ]
+        self.settings = json_safe("settings", as_mapping("settings", self.settings))
+
+
+def standard_metric(key: str) -> Metric:
+    """The column a key usually stands for; one it does not know becomes a plain number.
+
+    Known are the subsets (`"D_r"`, `"D_f"`, `"D_rt"`, `"D_ft"`, `"D_t"`: accuracy), `"MIA"`, and the keys of
+    :meth:`rfa_fast.metrics.SplitResult.figures` (`"D_f/accuracy"`, `"D_f/token_accuracy"`, `"D_f/perplexity"`).
+    More than Retrain keeps is no fault, more than it forgets is: the first is one-sided.
+
+    Example:
+        >>> standard_metric("D_r/perplexity").better, standard_metric("D_f").unit, standard_metric("depth").unit
+        ('lower', '%', '')
+    """
+    if key == "MIA":
+        about = "share of the forget samples that a membership attack calls trained on"
+        return Metric(key, unit="%", tolerance=0.05, about=about)
+    subset, _, kind = key.partition("/")
+    kept = subset in ("D_r", "D_rt", "D_t", "D_v")
+    name = kind.replace("_", " ")
+    if subset in _SUBSETS and kind in ("", "accuracy", "token_accuracy"):
+        about = f"{name or 'accuracy'} on the {_SUBSETS[subset]}"
+        better: Better = "higher" if kept else "closer to Retrain"
+        return Metric(key, subset, "%", better, group=name.capitalize(), about=about)
+    if subset in _SUBSETS and kind == "perplexity":
+        better = "lower" if kept else "closer to Retrain"
+        return Metric(key, subset, "", better, group="Perplexity", about=f"perplexity on the {_SUBSETS[subset]}")
+    return Metric(key, digits=3)
+
+
+def as_text(name: str, value: object) -> str:
+    """The string, or a TypeError that names the field."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name}: got {value!r}, expected a string")
+    return value
+
+
+def as_number(name: str, value: object) -> float:
+    """A plain int or float; `None`, "not measured", becomes NaN."""
+    if value is None:
+        return math.nan
+    if isinstance(value, bool) or not isinstance(value, SupportsFloat):
+        raise TypeError(f"{name}: got {value!r}, expected a number")
+    return value if isinstance(value, int) else float(value)
+
+
+def as_numbers(name: str, values: object) -> dict[str, float]:
+    """A dict of plain numbers with string keys."""
+    return {as_text(f"{name} key", k): as_number(f"{name}[{k!r}]", v) for k, v in as_mapping(name, values).items()}
+
+
+def as_mapping(name: str, values: object) -> Mapping[Any, Any]:
+    """The mapping, or a TypeError that names the field."""
+    if not isinstance(values, Mapping):
+        raise TypeError(f"{name}: got {type(values).__name__}, expected a dict")
+    return values
+
+
+def as_iterable(name: str, values: object) -> Iterable[Any]:
+    """The iterable, which must not be a string or a mapping."""
+    if isinstance(values, str | Mapping) or not isinstance(values, Iterable):
+        raise TypeError(f"{name}: got {type(values).__name__}, expected a list")
+    return values
+
+
+def as_list(name: str, values: object, kind: type[T]) -> list[T]:
+    """A list whose items are all of `kind`."""
+    items = list(as_iterable(name, values))
+    for item in items:
+        if not isinstance(item, kind):
+            raise TypeError(f"{name}: got {item!r}, expected a list of {kind.__name__}")
+    return items
+
+
+def json_safe(name: str, value: object) -> Any:
+    """The value as JSON can hold it: tuples become lists, paths, dtypes and devices their names."""
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    if isinstance(value, os.PathLike | torch.device):
+        return str(value)
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    if isinstance(value, Mapping):
+        return {as_text(f"{name} key", k): json_safe(f"{name}[{k!r}]", v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_safe(f"{name}[{i}]", v) for i, v in enumerate(value)]
+    raise TypeError(f"{name}: got {type(value).__name__}, expected a JSON value (text, number, list or dict)")
+
+
+def _rounded(name: str, values: object) -> list[float]:
+    return [round(as_number(name, value), _CONFIDENCE_DIGITS) for value in as_iterable(name, values)]
+
+
+def _check_unique(name: str, values: list[str]) -> None:
+    if repeated := sorted({value for value in values if values.count(value) > 1}):
+        raise ValueError(f"{name}: got {', '.join(map(repr, repeated))} more than once, expected each once")
