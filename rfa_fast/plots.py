@@ -196,14 +196,13 @@ def feature_distance_plot(scenario: Scenario, salt: str = "") -> Plot:
     if not series:
         return Plot(title, missing="this run measured no feature distances")
     layers = list(dict.fromkeys(layer for values in series.values() for layer in values))
-    spare = iter([("third", "solid"), ("ink", "dotted"), ("test", "solid"), ("before", "dashed")] * len(series))
-    legend = [Key(key, *(_subset_style(key, scenario.reference) or next(spare))) for key in series]
+    legend = _layer_legend(list(series), scenario.reference)
     every = math.ceil(len(layers) / 24)
     prefix = _shared_parents(layers) if len(layers) > 1 else ""
 
     def draw(axes: Axes) -> None:
         for key, values in zip(legend, series.values(), strict=True):
-            line = {"dashed": (0, (4, 2))}.get(key.mark, key.mark)
+            line = {"dashed": (0, (4, 2)), "dotted": (0, (1.2, 1.6))}.get(key.mark, key.mark)
             width = [values.get(layer, math.nan) for layer in layers]
             marker = "o" if len(layers) <= 40 else ""
             axes.plot(width, range(len(layers)), color=_HEX[key.colour], ls=line, lw=1.4, marker=marker, ms=3.6)
@@ -319,12 +318,18 @@ def _binned(steps: Any, values: Any, window: int) -> tuple[Any, Any]:
     return np.array([steps[g].mean() for g in finite]), np.array([np.nanmean(values[g]) for g in finite])
 
 
-def _subset_style(name: str, reference: str) -> tuple[str, str] | None:
-    forget = re.search(r"D_f|forget", name)
-    retain = re.search(r"D_r|retain|kept", name)
-    if not forget and not retain:
-        return None
-    return ("forget" if forget else "retain"), ("dashed" if reference in name else "solid")
+def _layer_legend(names: Sequence[str], reference: str) -> list[Key]:
+    """Kept and forgotten keep their colours; test subsets are dotted, Retrain dashed; no two look alike."""
+    spare = [(colour, mark) for mark in ("solid", "dashed", "dotted") for colour in ("third", "ink", "test", "before")]
+    legend: list[Key] = []
+    for name in names:
+        forget, retain = re.search(r"D_f|forget", name), re.search(r"D_r|D_t|retain|kept", name)
+        mark = "dashed" if reference in name else "dotted" if re.search(r"D_r?f?t\b|test", name) else "solid"
+        look = ("forget" if forget else "retain", mark)
+        if not (forget or retain) or look in [(key.colour, key.mark) for key in legend]:
+            look = spare.pop(0) if spare else look
+        legend.append(Key(name, *look))
+    return legend
 
 
 def _shared_parents(layers: Sequence[str]) -> str:

@@ -27,7 +27,7 @@ from rfa_fast.report import (
     installed_versions,
     standard_metric,
 )
-from rfa_fast.report_table import table_cells, verdict
+from rfa_fast.report_table import duration, table_cells, verdict
 
 
 def class_scenario(**changes: Any) -> Scenario:
@@ -166,6 +166,26 @@ def test_no_reference_row_means_no_gaps() -> None:
     assert {cell.gap for row in table_cells(scenario) for cell in row} == {""}
     assert verdict(scenario) == ""
     assert "difference" not in "\n".join(printed(make_report(scenario)))
+
+
+def test_the_sentence_and_the_times_of_a_scenario() -> None:
+    rows = [MethodRow("Retrain", {"D_rt": 0.9}, 10.0), MethodRow("RFA", {"D_rt": 0.9}, 20.0), MethodRow("none")]
+    expected = "RFA is close to Retrain in every column. It took 20.0 s against 10.0 s: 2.0 times as slow."
+    assert verdict(Scenario("s", rows)) == expected
+    assert verdict(Scenario("s", [rows[0], rows[2]])) == ""
+    assert [cell.text for cell in table_cells(Scenario("s", rows))[2]] == [""]
+    times = [9.96, 99.96, 3599.0, 3630.0, math.nan]
+    assert [duration(seconds) for seconds in times] == ["10.0 s", "100 s", "3599 s", "1 h 0 min", "n/a"]
+
+
+def test_notes_and_a_wide_table_reach_a_narrow_screen() -> None:
+    figures = {f"figure {i}": i + 0.125 for i in range(12)}
+    scenario = Scenario("s", [MethodRow("Retrain", figures), MethodRow("RFA", figures)], notes=["of it"])
+    lines = printed(RunReport("r", [scenario], summary="in short", notes=["of all"]), 50)
+    assert max(map(len, lines)) <= 50
+    assert [
+        figure for figure in ("0.125", "11.125", "in short", "of it", "of all") if figure not in "\n".join(lines)
+    ] == []
 
 
 def test_markup_in_a_title_is_printed_as_it_is() -> None:

@@ -17,7 +17,7 @@ from rfa_fast.plots import Plot, confidence_plot, draw_plots, feature_distance_p
 from rfa_fast.report import Example, MethodRow, Metric, RunReport, Scenario
 from rfa_fast.report_page import render
 
-EVIL = """<script>alert("1")</script> & </text> 'q' {{ 7*7 }} $x^ id="a" #010203"""
+EVIL = """<script>alert("1")</script> & </text> 'q' {{ 7*7 }} $x^$ id="a" #010203"""
 VOID = {"meta", "link", "br", "img", "hr", "input"}
 
 
@@ -281,6 +281,15 @@ def test_many_classes_keep_the_forgotten_and_those_that_moved_most() -> None:
     assert [key.mark for key in deep.legend] == ["solid", "solid", "dashed"]
 
 
+def test_every_series_of_the_layers_looks_different() -> None:
+    names = [f"RFA, {subset}" for subset in ("D_r", "D_f", "D_rt", "D_ft")] + ["Retrain, D_f", "SCRUB, D_f", "SCRUB"]
+    legend = feature_distance_plot(Scenario("s", feature_distance={name: {"fc": 1.0} for name in names})).legend
+    assert [(key.colour, key.mark) for key in legend] == [
+        *(("retain", "solid"), ("forget", "solid"), ("retain", "dotted"), ("forget", "dotted")),
+        *(("forget", "dashed"), ("third", "solid"), ("ink", "solid")),
+    ]
+
+
 def test_the_same_numbers_give_the_same_page() -> None:
     assert render(report()) == render(report())
 
@@ -290,10 +299,10 @@ def test_drawing_leaves_matplotlib_as_it_was_and_does_not_warn(monkeypatch: pyte
 
     monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)
     before = matplotlib.rcParams.copy()
-    strange = {"猫": 0.9, "_hidden": 0.5, "$x^": 0.4, "": 0.3}
+    strange = {"猫": 0.9, "_hidden": 0.5, "$x^$": 0.4, "": 0.3}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         plots: list[Plot] = draw_plots(scenario(per_class_before=strange, per_class_after=strange, forgotten=["猫"]))
     assert matplotlib.rcParams.copy() == before
     assert "matplotlib.pyplot" not in sys.modules
-    assert [name for name in ("猫", "_hidden", "$x^") if f">{name}</text>" not in plots[0].svg] == []
+    assert [name for name in ("猫", "_hidden", "$x^$") if f">{name}</text>" not in plots[0].svg] == []

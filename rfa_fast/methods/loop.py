@@ -1,0 +1,289 @@
+"""The steps of an unlearning run, from wherever it stands to its end or its interruption.
+
+One loop for every method, with the host reading one small tensor per step: the losses and the
+gradient norm. Reading it costs a synchronisation, and buys that a NaN is seen before the optimizer
+has spread it over the adapters and its own state, where nothing could take it out again.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from types import FrameType, TracebackType
+
+import torch
+from torch import Tensor, nn
+
+from rfa_fast.methods import checks
+from rfa_fast.methods.base import Batch, Method, NonFiniteError, StepRecord
+from rfa_fast.methods.batches import BatchSource, Drawn
+from rfa_fast.methods.checkpoint import RunFolder, RunState
+from rfa_fast.methods.progress import ProgressReport
+from rfa_fast.methods.seeding import derive_seed, seed_generators
+
+CHECKPOINT_SECONDS = 60.0
+_OPTIMIZER = "optimizer."
+_METHOD = "method."
+_NAMED = 3  # layers named in a message
+
+
+@dataclass(frozen=True)
+class LoopOptions:
+    """What the loop needs to know; checked by :func:`rfa_fast.unlearn`."""
+
+    epochs: int
+    seed: int
+    max_steps: int | None
+    max_grad_norm: float | None
+    autocast: torch.dtype | None
+    checkpoint_every: int | None
+    until: Callable[[Mapping[str, float]], bool] | None
+    until_every: int
+    evaluate: Callable[[], dict[str, float]] | None
+    callbacks: Sequence[Callable[[StepRecord], object]]
+    classes: int | None
+
+
+class StopSignal:
+    """Turns Ctrl-C into a flag, so that a step is never cut in two; a second one stops at once.
+
+    Active between `with` and its end, in the main thread only, and not where Ctrl-C is ignored.
+
+    Attributes:
+        requested: Ctrl-C was pressed.
+        closing: set once the steps are over; from then on Ctrl-C is answered and not obeyed.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.requested = False
+        self.closing = False
+        self._say = say
+        self._previous: Callable[[int, FrameType | None], object] | int | None = None
+
+    def __enter__(self) -> StopSignal:
+        current = signal.getsignal(signal.SIGINT)
+        if threading.current_thread() is threading.main_thread() and current not in (None, signal.SIG_IGN):
+            self._previous = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+            self._previous = None
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.closing:
+            self._say("Ctrl-C: the steps are done; the result is being written, which cannot be cut in two")
+            return
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        self._say("Ctrl-C: stopping after this step; press it again to stop at once")
+
+
+class Loop:
+    """One run: the method, its optimizer, where it stands, and the folder it saves to.
+
+    Args:
+        method: prepared on the model.
+        optimizer: over the method's parameters.
+        source: of batches.
+        folder: `None` saves nothing.
+        state, history: where the run stands.
+        device: of the model.
+
+    Attributes:
+        state: updated after every step.
+        whole: false only while the optimizer is changing parameters.
+        saved_step: step of the last checkpoint of this process, `None` before the first.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        optimizer: torch.optim.Optimizer,
+        source: BatchSource,
+        folder: RunFolder | None,
+        state: RunState,
+        history: list[StepRecord],
+        device: torch.device,
+        options: LoopOptions,
+    ) -> None:
+        self.method, self.optimizer, self.source, self.folder = method, optimizer, source, folder
+        self.state, self.history, self.device, self.options = state, history, device, options
+        self.parameters = method.named_parameters()
+        self.whole = True
+        self.saved_step: int | None = None
+        self._saved_at = time.monotonic()
+
+    def run(self, stop: StopSignal, report: ProgressReport) -> None:
+        """Go on until the run is over, and say why in `state.stopped`.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C was pressed; the step under way has been finished.
+            NonFiniteError: a loss or gradient is NaN or infinite; no step was made with it.
+        """
+        if self.state.stopped is not None:
+            return
+        options, state = self.options, self.state
+        batches = self.source.batches(options.epochs, state.step, state.epoch, state.epoch_step, state.last_batch)
+        try:
+            begun = time.perf_counter()
+            for drawn in batches:
+                record = self._step(drawn, begun)
+                report.step(state.step, loss=record["total"], samples=record["retain"] + record["forget"])
+                if self._satisfied():
+                    state.stopped = "until"
+                elif options.max_steps is not None and state.step >= options.max_steps:
+                    last = self.source.steps_per_epoch
+                    state.stopped = "finished" if last and state.step >= last * options.epochs else "max_steps"
+                for callback in options.callbacks:
+                    callback(dict(record))
+                if state.stopped is not None or stop.requested:
+                    break
+                if self._due():
+                    self.save()
+                begun = time.perf_counter()
+        finally:
+            batches.close()
+        if stop.requested:
+            raise KeyboardInterrupt
+        if state.stopped is None:
+            state.stopped = "finished"
+        self.save()
+
+    def save(self) -> None:
+        """Write a checkpoint, when there is a folder to write it to.
+
+        Raises:
+            OSError: it could not be written; the one before is still there.
+        """
+        if self.folder is None:
+            return
+        self.state.last_batch = self.source.fingerprint()
+        tensors = {_METHOD + k: v for k, v in self.method.state_tensors().items()}
+        for name, parameter in self.parameters.items():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"{_OPTIMIZER}{key}.{name}"] = value
+        self.folder.save(self.state, tensors)
+        self.saved_step, self._saved_at = self.state.step, time.monotonic()
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put method and optimizer where a checkpoint left them.
+
+        Raises:
+            ValueError: the checkpoint is of other layers.
+        """
+        method = {k.removeprefix(_METHOD): v for k, v in tensors.items() if k.startswith(_METHOD)}
+        if missing := sorted(set(self.parameters) - set(method)):
+            raise ValueError(f"resume: the saved state has no {missing[0]!r}, expected every parameter of the method")
+        state: dict[int, dict[str, Tensor]] = {}
+        indices = {name: index for index, name in enumerate(self.parameters)}
+        for key, value in tensors.items():
+            if key.startswith(_OPTIMIZER):
+                field, _, name = key.removeprefix(_OPTIMIZER).partition(".")
+                state.setdefault(indices[name], {})[field] = value
+        self.method.load_state_tensors(method)
+        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+
+    def _step(self, drawn: Drawn, begun: float) -> StepRecord:
+        options, state = self.options, self.state
+        volatile = {k: v.clone() for k, v in self.method.volatile_tensors().items()}
+        forget_too = self.method.reads_forget_labels
+        checks.batch_labels(drawn.batch, options.classes, state.step + 1, forget_too=forget_too)
+        batch = _to_device(drawn.batch, self.device)
+        self.optimizer.zero_grad(set_to_none=True)
+        autocast = nullcontext() if options.autocast is None else torch.autocast(self.device.type, options.autocast)
+        with autocast:
+            losses = self.method.loss(batch)
+        losses["total"].backward()  # type: ignore[no-untyped-call]
+        names = [*losses, "grad_norm"]
+        figures = [loss.detach().float() for loss in losses.values()] + [gradient_norm(self.parameters.values())]
+        values = dict(zip(names, torch.stack([f.to(self.device) for f in figures]).tolist(), strict=True))
+        self._check_finite(values, drawn.batch, volatile)
+        if options.max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(self.parameters.values(), options.max_grad_norm)
+        self.whole = False
+        self.optimizer.step()
+        self.whole = True
+        forget = int(drawn.batch.forget.sum())
+        state.step, state.epoch, state.epoch_step = state.step + 1, drawn.epoch, drawn.epoch_step
+        state.seconds += time.perf_counter() - begun
+        record: StepRecord = {"step": state.step, "epoch": drawn.epoch + 1, **values}
+        record |= {"lr": self.optimizer.param_groups[0]["lr"], "retain": len(drawn.batch.forget) - forget}
+        record |= {"forget": forget, "seconds": round(state.seconds, 6)}
+        self.history.append(record)
+        if self.folder is not None:
+            self.folder.append(record)
+        return record
+
+    def _check_finite(self, values: Mapping[str, float], batch: Batch, volatile: Mapping[str, Tensor]) -> None:
+        bad_losses = [k for k, v in values.items() if k != "grad_norm" and not math.isfinite(v)]
+        bad_gradients = [
+            name
+            for name, p in self.parameters.items()
+            if not math.isfinite(values["grad_norm"]) and p.grad is not None and not bool(torch.isfinite(p.grad).all())
+        ]
+        if not bad_losses and not bad_gradients:
+            return
+        layers = list(dict.fromkeys(name.rpartition(".")[0] for name in bad_gradients))
+        if bad_losses:
+            layers = self.method.not_finite()
+            shown = ", ".join(f"{k} {values[k]}" for k in bad_losses)
+            where = _some("layer", layers) if layers else "in the task's loss alone: every layer's alignment is finite"
+            what = f"the loss is not finite ({shown}), {where}"
+        else:
+            what = f"the gradient is not finite, {_some('parameter', bad_gradients)}"
+        tensors = batch.inputs.values() if isinstance(batch.inputs, Mapping) else [batch.inputs]
+        if any(t.is_floating_point() and not bool(torch.isfinite(t).all()) for t in tensors):
+            what += "; the batch's inputs already hold NaN or infinite values"
+        self.optimizer.zero_grad(set_to_none=True)
+        # What the failed batch brought in for the first time has no former value; zero means "none yet".
+        now = self.method.volatile_tensors()
+        restored = {k: volatile[k] if k in volatile else torch.zeros_like(v) for k, v in now.items()}
+        self.method.load_state_tensors({**self.method.state_tensors(), **restored})
+        step = self.state.step + 1
+        raise NonFiniteError(f"step {step}: {what}; the optimizer has not seen it", step=step, layers=layers)
+
+    def _satisfied(self) -> bool:
+        options = self.options
+        if options.until is None or options.evaluate is None or self.state.step % options.until_every:
+            return False
+        seed_generators(derive_seed(options.seed, "evaluate"), self.device)
+        return bool(options.until(options.evaluate()))
+
+    def _due(self) -> bool:
+        if self.options.checkpoint_every is not None:
+            return self.state.step % self.options.checkpoint_every == 0
+        return time.monotonic() - self._saved_at >= CHECKPOINT_SECONDS
+
+
+def _to_device(batch: Batch, device: torch.device) -> Batch:
+    inputs = batch.inputs
+    moved = {k: v.to(device) for k, v in inputs.items()} if isinstance(inputs, dict) else inputs.to(device)
+    return Batch(moved, batch.labels.to(device), batch.forget.to(device))
+
+
+def _some(what: str, names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return f"first in {what} " + ", ".join(repr(n) for n in names[:_NAMED]) + more
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """L2 norm over the gradients of all parameters that have one, 0-dim fp32.
+
+    Example:
+        >>> weight = nn.Parameter(torch.zeros(2))
+        >>> weight.grad = torch.tensor([3.0, 4.0])
+        >>> gradient_norm([weight])
+        tensor(5.)
+    """
+    norms = [torch.linalg.vector_norm(p.grad.float()) for p in parameters if p.grad is not None]
+    return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
