@@ -1,0 +1,200 @@
+"""The user's own texts: .jsonl and .csv files with a text and a label per record.
+
+Labels are class indices when they are integers, else class names, numbered in alphabetical order. A
+file that mixes the two is refused rather than guessed at, until the caller lists the classes: one
+slip of the pen would turn the indices of a whole file into names. Every error names the line, which
+is what one needs in a file of a million records.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from rfa_fast.data.bundle import DataBundle
+from rfa_fast.data.datasets import TextDataset
+from rfa_fast.data.sources import read_text
+from rfa_fast.data.splits import stratified_split
+
+# A .csv knows texts only.
+INTEGER = re.compile(r"[+-]?[0-9]+")
+
+
+class Record(NamedTuple):
+    """A text with its label, as they stand in `line` of a file."""
+
+    text: str
+    label: int | str
+    line: int
+
+
+def load_records(
+    path: str | os.PathLike[str],
+    *,
+    test: str | os.PathLike[str] | None = None,
+    text: str = "text",
+    label: str = "label",
+    classes: Sequence[str] | None = None,
+    test_fraction: float = 0.2,
+    seed: int = 0,
+) -> DataBundle:
+    """A .jsonl or .csv file with a text and a label in each record.
+
+    Args:
+        path: the file. A .jsonl has a JSON object per line; a .csv a header line.
+        test: a file of the same kind with the test set; else a share of each class becomes one.
+        text, label: names of the two fields; others are ignored.
+        classes: class names by index; a label is then one of them, or an index. `None`: as above.
+        test_fraction, seed: the share, and what it is drawn with.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a line that is no JSON object, a row with too many or too few fields, a field missing, an
+            empty text, a label of another kind or unknown; names the line.
+
+    Example:
+        >>> import tempfile
+        >>> file = Path(tempfile.mkdtemp()) / "mail.csv"
+        >>> _ = file.write_text("text,label\\nbuy now,spam\\nlunch?,ham\\nwin,spam\\nhello,ham\\n")
+        >>> data = load_records(file, test_fraction=0.5)
+        >>> data.classes, sorted(data.train.texts + data.test.texts)
+        (('ham', 'spam'), ['buy now', 'hello', 'lunch?', 'win'])
+    """
+    path = Path(path)
+    records = read_records(path, text, label, mixed=classes is not None)
+    parts = [(path, records)]
+    if test is not None:
+        parts.append((Path(test), read_records(Path(test), text, label, mixed=classes is not None)))
+    names = _classes(records, classes)
+    datasets: list[TextDataset] = []
+    for file, part in parts:
+        labels = [_label(file, record, names, label, indices=classes is not None) for record in part]
+        datasets.append(TextDataset([record.text for record in part], labels, names, ids=[r.line for r in part]))
+    if test is None:
+        whole = datasets.pop()
+        try:
+            sides = stratified_split(whole.labels, test_fraction, seed)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}; or give a file of its own with test=") from error
+        for side in sides:
+            datasets.append(
+                TextDataset(
+                    [whole.texts[i] for i in side],
+                    [whole.labels[i] for i in side],
+                    names,
+                    ids=[records[i].line for i in side],
+                )
+            )
+    return DataBundle(path.stem, datasets[0], datasets[1], names, "text", str(path), "the user's own")
+
+
+def read_records(path: Path, text: str = "text", label: str = "label", *, mixed: bool = False) -> list[Record]:
+    """The records of a .jsonl or .csv file; `mixed` allows integer labels beside names.
+
+    Raises:
+        FileNotFoundError, ValueError: as for :func:`load_records`.
+
+    Example:
+        >>> import tempfile
+        >>> file = Path(tempfile.mkdtemp()) / "mail.jsonl"
+        >>> _ = file.write_text('{"text": "hello", "label": 0}\\n')
+        >>> read_records(file)
+        [Record(text='hello', label=0, line=1)]
+    """
+    content = read_text(path)
+    suffix = path.suffix.lower()
+    if suffix not in (".jsonl", ".csv"):
+        raise ValueError(f"{path}: got suffix {suffix!r}, expected .jsonl or .csv")
+    records = (_jsonl if suffix == ".jsonl" else _csv)(path, content, text, label)
+    if not records:
+        raise ValueError(f"{path}: got no record, expected at least one with {text!r} and {label!r}")
+    first = records[0]
+    for record in records:
+        if not record.text.strip():
+            raise ValueError(f"{path}, line {record.line}: {text}: got an empty text, expected one to learn from")
+        if not mixed and type(record.label) is not type(first.label):
+            kind = "a name" if isinstance(first.label, str) else "an integer"
+            raise ValueError(
+                f"{path}, line {record.line}: {label}: got {record.label!r}, expected {kind} as in line {first.line}; "
+                "if both are names, list them with classes="
+            )
+    return records
+
+
+def _jsonl(path: Path, content: str, text: str, label: str) -> list[Record]:
+    records: list[Record] = []
+    # Not splitlines(): a JSON string may hold U+2028, which is no end of line here.
+    for number, line in enumerate(content.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: got {error}, expected a JSON object") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{path}, line {number}: got {type(values).__name__}, expected a JSON object")
+        for name in (text, label):
+            if name not in values:
+                raise ValueError(f"{path}, line {number}: got fields {', '.join(values)}, expected {name!r} among them")
+        if not isinstance(values[text], str):
+            raise ValueError(f"{path}, line {number}: {text}: got {values[text]!r}, expected a string")
+        if isinstance(values[label], bool) or not isinstance(values[label], int | str):
+            raise ValueError(f"{path}, line {number}: {label}: got {values[label]!r}, expected an integer or a string")
+        records.append(Record(values[text], values[label], number))
+    return records
+
+
+def _csv(path: Path, content: str, text: str, label: str) -> list[Record]:
+    reader = csv.reader(io.StringIO(content, newline=""), strict=True)
+    rows: list[tuple[int, list[str]]] = []
+    begin = 1
+    try:
+        for row in reader:
+            if row:
+                rows.append((begin, row))
+            begin = reader.line_num + 1
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {begin}: got {error}, expected comma-separated values") from error
+    if not rows:
+        raise ValueError(f"{path}: got no line, expected a header with {text!r} and {label!r}")
+    header = [name.strip() for name in rows[0][1]]
+    for name in (text, label):
+        if header.count(name) != 1:
+            raise ValueError(f"{path}, line {rows[0][0]}: got columns {', '.join(header)}, expected one {name!r}")
+    at_text, at_label = header.index(text), header.index(label)
+    for line, row in rows[1:]:
+        if len(row) != len(header):
+            raise ValueError(f"{path}, line {line}: got {len(row)} values, expected {len(header)}, as in the header")
+        if not row[at_label].strip():
+            raise ValueError(f"{path}, line {line}: {label}: got nothing, expected a class")
+    records: list[Record] = []
+    for line, row in rows[1:]:
+        value = row[at_label].strip()
+        records.append(Record(row[at_text], int(value) if INTEGER.fullmatch(value) else value, line))
+    return records
+
+
+def _classes(records: Sequence[Record], classes: Sequence[str] | None) -> tuple[str, ...]:
+    if classes is not None:
+        return tuple(classes)
+    numbers = [record.label for record in records if isinstance(record.label, int)]
+    if numbers:
+        return tuple(str(index) for index in range(max(0, *numbers) + 1))
+    return tuple(sorted({str(record.label) for record in records}))
+
+
+def _label(file: Path, record: Record, classes: Sequence[str], field: str, *, indices: bool) -> int:
+    """The class index of a record, whose label is a class or, with `indices`, the index of one."""
+    label = record.label
+    if str(label) in classes:
+        return classes.index(str(label))
+    if indices and isinstance(label, int) and 0 <= label < len(classes):
+        return label
+    expected = f"one of {', '.join(classes)}" + (f", or 0 to {len(classes) - 1}" if indices else "")
+    raise ValueError(f"{file}, line {record.line}: {field}: got {label!r}, expected {expected}")
