@@ -1,4 +1,4 @@
-"""rfa-fast: make a trained model forget, at the price of an ordinary fine-tuning step.
+"""rfa-fast: make a trained model forget, by Residual Feature Alignment on low-rank branches.
 
 The public names live here; everything else is reached through its module. Importing the package
 touches no device, sets no flag, and pulls in torch alone: transformers, PEFT, matplotlib and the

@@ -1,0 +1,143 @@
+"""What is measured of one model, and the report that several measurements make.
+
+One pass per subset gives every figure of a row and every number behind the plots. The forgetting
+itself is judged by the columns; the rows are the same model before and after, and, where it is given,
+the model retrained without the forgotten samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from torch import nn
+
+from rfa_fast.commands.inputs import Prepared, title_of
+from rfa_fast.commands.shell import say
+from rfa_fast.experiments.cache import labels_of
+from rfa_fast.experiments.common import bar, thinned
+from rfa_fast.metrics import SplitResult, evaluate_split, generate_text
+from rfa_fast.report import Example, MethodRow, RunReport, Scenario
+
+REPORT_JSON, REPORT_PAGE = "report.json", "report.html"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The figures of one model on one split.
+
+    Attributes:
+        figures: by the keys of :func:`rfa_fast.report.standard_metric`.
+        per_class: class name -> accuracy in [0, 1], on the test subsets (of a language model, the training ones).
+        confidence: `"forget"` and `"test"` -> one figure per sample.
+        texts: prompt -> what the model writes.
+    """
+
+    figures: dict[str, float]
+    per_class: dict[str, float]
+    confidence: dict[str, list[float]]
+    texts: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """How models are measured: the data, and what was asked for on the command line."""
+
+    prepared: Prepared
+    batch_size: int | None = None
+    limit: int | None = None
+    prompts: Sequence[str] = ()
+    tokenizer: Any = None
+    seed: int = 0
+    progress: bool = True
+
+    def __call__(self, model: nn.Module, label: str) -> Measured:
+        """Measure one model.
+
+        Raises:
+            ValueError, TypeError, FloatingPointError: as :func:`rfa_fast.metrics.evaluate_split`.
+        """
+        with bar(f"measure {label}", enabled=self.progress) as advance:
+            result = evaluate_split(model, self.prepared.loaders(self.batch_size, self.limit), progress=advance)
+        language = self.prepared.language
+        figures = {f"{name}/accuracy" if language else name: part.accuracy for name, part in result.items()}
+        if language:
+            figures |= {f"{name}/perplexity": part.perplexity for name, part in result.items()}
+        figures["MIA"] = result.membership(seed=self.seed).forget_share
+        test = next(name for name in ("D_ft", "D_t", "D_rt") if name in result)
+        confidence = {
+            key: thinned(result[name].predictions.confidence.tolist())
+            for key, name in (("forget", "D_f"), ("test", test))
+        }
+        texts = {prompt: generate_text(model, self.tokenizer, prompt) for prompt in self.prompts} if language else {}
+        return Measured(figures, self._per_class(result), confidence, texts)
+
+    def _per_class(self, result: SplitResult) -> dict[str, float]:
+        names = ("D_r", "D_f") if self.prepared.language else ("D_rt", "D_ft", "D_t")
+        subsets, right = self.prepared.measured(self.limit), dict[int, list[bool]]()
+        for name in (name for name in names if name in result):
+            predictions = result[name].predictions
+            hits = (predictions.tokens_right == predictions.tokens).tolist()
+            for label, hit in zip(labels_of(subsets[name]), hits, strict=True):
+                right.setdefault(label, []).append(hit)
+        return {self.prepared.data.classes[label]: sum(hits) / len(hits) for label, hits in sorted(right.items())}
+
+
+def scenario(
+    prepared: Prepared,
+    rows: Mapping[str, tuple[Measured, float | None]],
+    *,
+    before: str,
+    after: str | None,
+    notes: Sequence[str] = (),
+    settings: Mapping[str, Any] | None = None,
+    losses: Sequence[Mapping[str, float]] = (),
+    feature_distance: Mapping[str, Mapping[str, float]] | None = None,
+) -> Scenario:
+    """The table and the plots of some measured models.
+
+    Args:
+        prepared: what they were measured on.
+        rows: label -> figures and seconds.
+        before, after: labels of the two rows that the plots show; `after` `None` shows one.
+        notes, settings, losses, feature_distance: as in :class:`rfa_fast.report.Scenario`.
+    """
+    first, second = rows[before][0], None if after is None else rows[after][0]
+    if second is None:
+        confidence = dict(first.confidence)
+    else:
+        confidence = {
+            "forget before": first.confidence["forget"],
+            "forget after": second.confidence["forget"],
+            "test": second.confidence["test"],
+        }
+    target = prepared.split.target
+    split = prepared.split
+    return Scenario(
+        title_of(split, prepared.data),
+        [MethodRow(label, dict(measured.figures), seconds) for label, (measured, seconds) in rows.items()],
+        original=before if second is not None else "Original",
+        forgotten=[target] if split.scenario == "class" and target in first.per_class else [],
+        per_class_before=first.per_class,
+        per_class_after={} if second is None else second.per_class,
+        feature_distance={name: dict(layers) for name, layers in (feature_distance or {}).items()},
+        confidence=confidence,
+        losses=[dict(step) for step in losses],
+        examples=[Example(p, text, second.texts[p]) for p, text in first.texts.items()] if second is not None else [],
+        notes=list(notes),
+        settings=dict(settings or {}),
+    )
+
+
+def finish(report: RunReport, output: Path, console: Console) -> None:
+    """Print the report and write it as JSON and as a page.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    report.print(console)
+    places = [report.to_json(output / REPORT_JSON), report.to_html(output / REPORT_PAGE)]
+    say(f"Report: {places[0]} and {places[1]}")

@@ -1,0 +1,282 @@
+"""`rfa-fast unlearn`: open, measure, unlearn, measure, write everything down.
+
+The order is that of what can go wrong: data, split and models are opened and checked before the run
+begins, the retrained model is measured and let go of before the other one is trained, and what was
+trained is on disk before anything is drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import nn
+
+from rfa_fast.commands import options
+from rfa_fast.commands.inputs import ForgetRequest, ModelRequest, Prepared, load_data, prepare, settings_of
+from rfa_fast.commands.measure import REPORT_JSON, REPORT_PAGE, Measured, Measuring, finish, scenario
+from rfa_fast.commands.shell import command_line, reported, results, say
+from rfa_fast.experiments.comparison import machine
+from rfa_fast.methods import NonFiniteError, UnlearnInterrupted, UnlearnResult, hash_model
+from rfa_fast.methods import unlearn as run_unlearn
+from rfa_fast.methods.checkpoint import ADAPTER_FOLDER, RunFolder
+from rfa_fast.methods.record import RECORD_FILE
+from rfa_fast.metrics import feature_distance
+from rfa_fast.models import save_model
+from rfa_fast.report import RunReport
+
+MODEL_FOLDER, SPLIT_FILE = "model", "split.json"
+_DISTANCE_SAMPLES = 512
+_METHOD, _TRAINING, _OUTPUT = options.METHOD, options.TRAINING, options.OUTPUT
+
+
+def unlearn(
+    context: typer.Context,
+    model: options.Model,
+    data: options.Data,
+    weights: options.Weights = None,
+    data_option: options.DataOption = None,
+    pad_to: options.PadTo = None,
+    channels: options.Channels = None,
+    max_length: options.MaxLength = 128,
+    tokenizer: options.Tokenizer = None,
+    dtype: options.Dtype = "auto",
+    device: options.Device = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    forget_class: options.ForgetClass = None,
+    forget_samples: options.ForgetSamples = None,
+    forget_keyword: options.ForgetKeyword = None,
+    forget_ids: options.ForgetIds = None,
+    split: options.SplitFile = None,
+    targets: Annotated[
+        list[str] | None,
+        typer.Option(metavar="WHICH", help="Layers to adapt: all, deep, middle, shallow, a regex, or, repeated, names.",
+                     rich_help_panel=_METHOD, show_default="all"),
+    ] = None,
+    rank: Annotated[int, typer.Option(help="Rank r of the adapters.", rich_help_panel=_METHOD)] = 8,
+    alpha: Annotated[float, typer.Option(help="Scale of the adapters is alpha / rank.", rich_help_panel=_METHOD)] = 32,
+    mode: Annotated[
+        str, typer.Option(metavar="residual|teacher", help="Align each layer's own residual, or with the original "
+                          "model's features.", rich_help_panel=_METHOD)
+    ] = "residual",
+    norm: Annotated[
+        str, typer.Option(metavar="mse|l2", help="Of the alignment terms.", rich_help_panel=_METHOD)
+    ] = "mse",
+    gamma: Annotated[
+        float, typer.Option(help="Weight of the alignment against the task, 0 to 1.", rich_help_panel=_METHOD)
+    ] = 0.5,
+    loss_weights: Annotated[
+        str, typer.Option(metavar="α,β,λ,μ", help="Weights of retain and forget alignment, retain and forget task.",
+                          rich_help_panel=_METHOD)
+    ] = "1,1,1,1",
+    adapter: Annotated[
+        str, typer.Option(metavar="lora|pissa|dora", help="Kind of adapter.", rich_help_panel=_METHOD)
+    ] = "lora",
+    rslora: Annotated[
+        bool, typer.Option("--rslora", help="Scale by alpha / √rank instead.", rich_help_panel=_METHOD)
+    ] = False,
+    backend: Annotated[
+        str, typer.Option(metavar="auto|torch|reference|triton", help="Which operators run.", rich_help_panel=_METHOD)
+    ] = "auto",
+    lr: Annotated[float, typer.Option(help="Learning rate of AdamW.", rich_help_panel=_TRAINING)] = 5e-5,
+    weight_decay: Annotated[float, typer.Option(help="Of AdamW.", rich_help_panel=_TRAINING)] = 0.01,
+    epochs: Annotated[int, typer.Option(help="Passes over what is kept.", rich_help_panel=_TRAINING)] = 1,
+    batch_size: Annotated[
+        int | None, typer.Option(metavar="N", help="Kept and forgotten samples per batch together.",
+                                 rich_help_panel=_TRAINING, show_default="128 images or 32 texts")
+    ] = None,
+    forget_per_batch: Annotated[
+        str, typer.Option(metavar="auto|natural|N", help="Forget samples in each batch.", rich_help_panel=_TRAINING)
+    ] = "auto",
+    max_steps: Annotated[
+        int | None, typer.Option(metavar="N", help="Stop after so many steps.", rich_help_panel=_TRAINING,
+                                 show_default=False)
+    ] = None,
+    max_grad_norm: Annotated[
+        float | None, typer.Option(metavar="X", help="Clip the gradient to this norm.", rich_help_panel=_TRAINING,
+                                   show_default=False)
+    ] = None,
+    autocast: Annotated[
+        str | None, typer.Option(metavar="bfloat16", help="Compute in this where torch.autocast does.",
+                                 rich_help_panel=_TRAINING, show_default=False)
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(help="Of the split, the adapters and the order.", rich_help_panel=_TRAINING)
+    ] = 0,
+    checkpoint_every: Annotated[
+        int | None, typer.Option(metavar="STEPS", help="Steps between checkpoints.", rich_help_panel=_TRAINING,
+                                 show_default="about one a minute")
+    ] = None,
+    retrained: options.Retrained = None,
+    eval_batch_size: options.EvalBatch = None,
+    eval_samples: options.EvalSamples = None,
+    prompt: options.Prompt = None,
+    distances: Annotated[
+        bool, typer.Option("--distances/--no-distances", help="Measure how far each layer's features moved; opens the "
+                           "original once more.", rich_help_panel=options.MEASURING)
+    ] = True,
+    output: Annotated[
+        Path, typer.Option(metavar="FOLDER", help="For everything that is written.", rich_help_panel=_OUTPUT)
+    ] = Path("runs/unlearn"),
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in --output.", rich_help_panel=_OUTPUT)
+    ] = False,
+    keep_adapter: Annotated[
+        bool, typer.Option("--keep-adapter", help="Write the adapter alone, no merged model.", rich_help_panel=_OUTPUT)
+    ] = False,
+    progress: options.Progress = True,
+    debug: options.Debug = False,
+) -> None:  # fmt: skip
+    """Make a trained model forget a class, samples, or texts with a word, and keep the rest.
+
+    Prints the model before and after (and retrained, where you have that) on
+    what is kept, D_r and D_rt, and on what is forgotten, D_f and D_ft, with
+    membership inference and time. Writes the merged model, the adapter, the
+    deletion record, split.json, report.json and report.html to --output.
+    Ctrl-C keeps what was done; --resume goes on.
+
+    [bold]Examples[/bold]
+
+    rfa-fast unlearn ./my-bert --data news.jsonl --forget-class sports
+
+    rfa-fast unlearn ./my-llm --data trivia --forget-keyword NASA \\
+        --lr 2e-4 --prompt "The first man on the moon was"
+
+    rfa-fast unlearn torchvision:resnet18 --weights original.safetensors \\
+        --data fashion-mnist --pad-to 32 --forget-samples 128 \\
+        --mode teacher --retrained retrained.safetensors
+
+    rfa-fast unlearn my_project.nets:build --weights net.safetensors \\
+        --data images.npz --forget-ids requests.txt
+    """
+    with reported(context, debug=debug, output=output):
+        forget = ForgetRequest(forget_class, forget_samples, forget_keyword, forget_ids, split, seed)
+        forget.check()
+        settings: dict[str, Any] = {
+            "targets": _targets(targets), "rank": rank, "alpha": alpha, "mode": mode, "norm": norm, "gamma": gamma,
+            "weights": _weights(loss_weights), "adapter": adapter, "rslora": rslora, "backend": backend, "lr": lr,
+            "weight_decay": weight_decay, "epochs": epochs, "batch_size": batch_size, "max_steps": max_steps,
+            "forget_per_batch": _per_batch(forget_per_batch), "max_grad_norm": max_grad_norm,
+            "autocast": _autocast(autocast), "seed": seed,
+        }  # fmt: skip
+        _refuse_other_run(output, resume=resume)
+        request = ModelRequest(model, weights, tokenizer, dtype, trust_remote_code, device)
+        bundle = load_data(data, data_option or [], pad_to=pad_to, channels=channels)
+        opened = request.open(len(bundle.classes))
+        prepared = prepare(bundle, forget, opened, max_length=max_length, channels=channels)
+        for note in prepared.notes:
+            say(note)
+        measure = Measuring(
+            prepared, eval_batch_size, eval_samples, tuple(prompt or ()), opened.tokenizer, seed, progress
+        )
+        reference = None if retrained is None else measure(
+            request.open_other(retrained, len(bundle.classes)).model, "Retrain"
+        )  # fmt: skip
+        measured = [measure(opened.model, "Before")] if resume else []
+
+        def evaluate(of: nn.Module) -> Mapping[str, float]:
+            measured.append(measure(of, "After" if measured else "Before"))
+            return measured[-1].figures
+
+        try:
+            result = run_unlearn(
+                opened.model, prepared.subsets["D_f"], prepared.subsets["D_r"], output_dir=output, resume=resume,
+                evaluate=evaluate, progress=progress, checkpoint_every=checkpoint_every, device=device,
+                merge=not keep_adapter, **settings,
+            )  # fmt: skip
+        except (UnlearnInterrupted, NonFiniteError):
+            if output.is_dir():
+                prepared.split.save(output / SPLIT_FILE)
+            raise
+        prepared.split.save(output / SPLIT_FILE)
+        if not keep_adapter:
+            save_model(opened.model, output / MODEL_FOLDER, opened.tokenizer)
+        notes = list(prepared.notes)
+        moved = _distances(request, result, prepared, measure, notes) if distances else {}
+        finish(
+            _report(context, model, result, prepared, measured, reference, settings, notes, moved), output, results()
+        )
+        written = [ADAPTER_FOLDER, RECORD_FILE, SPLIT_FILE, *([] if keep_adapter else [MODEL_FOLDER])]
+        say(f"Written to {output}: {', '.join(written)}")
+
+
+def _report(
+    context: typer.Context,
+    model: str,
+    result: UnlearnResult,
+    prepared: Prepared,
+    measured: list[Measured],
+    reference: Measured | None,
+    settings: Mapping[str, Any],
+    notes: list[str],
+    moved: Mapping[str, Mapping[str, float]],
+) -> RunReport:
+    training = result.record["training"]
+    rows: dict[str, tuple[Measured, float | None]] = {"Before": (measured[0], None)}
+    if reference is not None:
+        rows["Retrain"] = (reference, None)
+    rows["After"] = (measured[-1], float(training["seconds"]))
+    shown = scenario(
+        prepared, rows, before="Before", after="After",
+        notes=[f"Steps: {training['steps']}; adapted layers: {len(result.record['layers'])}.", *notes],
+        settings={**settings_of(prepared), "model": model, "method": dict(settings)},
+        losses=[{k: v for k, v in step.items() if isinstance(v, int | float)} for step in result.history],
+        feature_distance=moved,
+    )  # fmt: skip
+    return RunReport(
+        f"rfa-fast unlearn {model}", [shown], seed=settings["seed"], command=command_line(context), machine=machine()
+    )
+
+
+def _distances(
+    request: ModelRequest, result: UnlearnResult, prepared: Prepared, measure: Measuring, notes: list[str]
+) -> dict[str, dict[str, float]]:
+    """How far the features of the adapted layers are from those of the original, which is opened once more."""
+    original = request.open(len(prepared.data.classes)).model
+    if hash_model(original) != result.record["model"]["before"]:
+        notes.append("Opened again, the model has other weights: distances to the original could not be measured")
+        return {}
+    known = dict(original.named_modules())
+    layers = [name for name in result.record["layers"] if name in known]
+    few = min(_DISTANCE_SAMPLES, measure.limit or _DISTANCE_SAMPLES)
+    loaders = prepared.loaders(measure.batch_size, few, ("D_r", "D_f"))
+    return {name: feature_distance(result.model, original, loader, layers) for name, loader in loaders.items()}
+
+
+def _refuse_other_run(output: Path, *, resume: bool) -> None:
+    """Raises FileExistsError when the folder holds something that this run would write over."""
+    if resume:
+        return
+    there = RunFolder(output).found()
+    there += [name for name in (MODEL_FOLDER, SPLIT_FILE, REPORT_JSON, REPORT_PAGE) if (output / name).exists()]
+    if there:
+        raise FileExistsError(
+            f"--output: {output} already holds a run (found {', '.join(there)}); expected an empty or new folder. Say "
+            "--resume to go on with an unlearning run, or name another folder"
+        )
+
+
+def _targets(targets: list[str] | None) -> str | list[str]:
+    if not targets:
+        return "all"
+    return targets[0] if len(targets) == 1 else targets
+
+
+def _weights(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"--loss-weights: got {text!r}, expected four numbers such as 1,1,1,0.5") from None
+
+
+def _per_batch(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text
+
+
+def _autocast(name: str | None) -> torch.dtype | None:
+    if name in (None, "bfloat16"):
+        return None if name is None else torch.bfloat16
+    raise ValueError(f"--autocast: got {name!r}, expected bfloat16")

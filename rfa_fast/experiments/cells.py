@@ -1,0 +1,85 @@
+"""Finished rows of a table, each a small JSON file that is read instead of computed again.
+
+A row is identified by what it is called and trusted only if the settings it was made by are those
+asked for now. The settings are in the file, in full: who wonders where a figure comes from reads them
+there.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rfa_fast.experiments.cache import Say, canonical
+from rfa_fast.report import write_atomically
+
+FORMAT = "rfa-fast row 1"
+
+Content = TypeVar("Content")
+
+
+def slug(text: str) -> str:
+    """The text as a file's name.
+
+    Example:
+        >>> slug("RFA teacher, lr 5e-04"), slug("class T-shirt/top")
+        ('rfa-teacher-lr-5e-04', 'class-t-shirt-top')
+    """
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
+
+
+class CellStore:
+    """A folder of finished rows.
+
+    Args:
+        folder: made when the first row is kept; `None` keeps nothing.
+        say: is told which rows are read, and which are not trusted and why.
+    """
+
+    def __init__(self, folder: Path | None, say: Say = print) -> None:
+        self.folder, self.say = folder, say
+
+    def get(
+        self, name: str, settings: Mapping[str, Any], kind: Callable[..., Content], compute: Callable[[], Content]
+    ) -> Content:
+        """The row of this name and these settings: read, or computed and kept.
+
+        Args:
+            name: becomes the file's name.
+            settings: JSON-safe.
+            kind: a dataclass of JSON-safe fields.
+            compute: makes it.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        path = None if self.folder is None else self.folder / f"{slug(name)}.json"
+        if path is not None and path.is_file():
+            found = self._read(path, settings, kind)
+            if found is not None:
+                self.say(f"{name}: finished before, read from {path}")
+                return found
+        row = compute()
+        if path is not None:
+            content = {"format": FORMAT, "settings": dict(settings), "row": asdict(row)}  # type: ignore[call-overload]
+            write_atomically(path, json.dumps(content, indent=1) + "\n")
+        return row
+
+    def _read(self, path: Path, settings: Mapping[str, Any], kind: Callable[..., Content]) -> Content | None:
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, UnicodeDecodeError) as error:
+            self.say(f"{path}: cannot be read ({error}); computing it again")
+            return None
+        names = {item.name for item in fields(kind)}  # type: ignore[arg-type]
+        if not isinstance(content, dict) or content.get("format") != FORMAT or set(content.get("row", ())) != names:
+            self.say(f"{path}: is no row of this version; computing it again")
+            return None
+        if canonical(content["settings"]) != canonical(settings):
+            self.say(f"{path}: was made by other settings; computing it again")
+            return None
+        return kind(**content["row"])

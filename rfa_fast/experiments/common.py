@@ -1,0 +1,288 @@
+"""What every experiment does: Original, Retrain and some unlearning methods, measured on one split.
+
+An experiment is data, an architecture and a training recipe; a scenario is a split and a list of
+methods. Everything else is here once, so that the four experiments differ in nothing that could
+explain a difference in their tables. Two things are kept: trained models, in a cache that all runs
+share, and the figures of each finished row, in the output folder. A run that is interrupted therefore
+loses at most the row under way, and of that row no more than the steps since its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from rfa_fast.data import Split, collate, collate_text, validation_split
+from rfa_fast.experiments.cache import ModelCache, Say, Trained, fingerprint, labels_of, settings_key
+from rfa_fast.experiments.cells import CellStore, slug
+from rfa_fast.methods import train, unlearn
+from rfa_fast.metrics import SplitResult, evaluate_split, feature_distance
+from rfa_fast.report import Example, MethodRow, Scenario
+
+_CONFIDENCES = 2000  # per group: enough for a histogram of 25 bins
+_DISTANCE_SAMPLES = 512  # per subset and layer: the mean's error is then some 4 % of the spread
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Data, an architecture, and the recipe that Original and Retrain are trained by.
+
+    Attributes:
+        name: names the files of its models.
+        build: makes the untrained (or pretrained) model.
+        architecture: words that change whenever `build` would make another model.
+        train, test: datasets of :mod:`rfa_fast.data`, or `Subset`s of them.
+        classes: class names by index.
+        recipe: keyword arguments of :func:`rfa_fast.methods.train`, JSON-safe.
+        kind: `"classification"`, or `"language"` for a label per token: accuracy is then of whole answers.
+        write: of a language model: prompt -> what the model writes, for the examples in the report.
+        evaluation_batch: samples per batch when nothing is trained.
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+    architecture: str
+    train: Dataset[Any]
+    test: Dataset[Any]
+    classes: tuple[str, ...]
+    recipe: Mapping[str, Any]
+    kind: Literal["classification", "language"] = "classification"
+    write: Callable[[nn.Module], Mapping[str, str]] | None = None
+    evaluation_batch: int = 500
+
+    def settings(self, dataset: Dataset[Any]) -> dict[str, Any]:
+        """Everything that shapes a model trained on `dataset`, JSON-safe."""
+        return {
+            "experiment": self.name,
+            "architecture": self.architecture,
+            "recipe": dict(self.recipe),
+            "data": fingerprint(dataset),
+        }
+
+    def fit(self, dataset: Dataset[Any], role: str, cache: ModelCache, *, progress: bool) -> Trained:
+        """The model trained on `dataset` by the recipe, read from the cache where it holds it."""
+
+        def training(model: nn.Module) -> float:
+            return train(model, dataset, label=f"train {role}", progress=progress, **self.recipe).seconds
+
+        return cache.get(f"{self.name}-{role}", self.settings(dataset), self.build, training)
+
+    def loader(self, dataset: Dataset[Any]) -> DataLoader[Any]:
+        """Batches in order, for evaluation."""
+        text = isinstance(dataset[0], Mapping)
+        return DataLoader(dataset, self.evaluation_batch, collate_fn=collate_text if text else collate)
+
+    def on_validation(self, fraction: float = 0.1, seed: int = 0) -> Experiment:
+        """The same experiment with part of the training data in the test set's place: settings are chosen there."""
+        kept, held_out = validation_split(range(len(labels_of(self.train))), fraction, seed)
+        return replace(
+            self, name=f"{self.name}-validation", train=Subset(self.train, kept), test=Subset(self.train, held_out)
+        )
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table: a label and the keyword arguments of :func:`rfa_fast.unlearn`, JSON-safe."""
+
+    label: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Row:
+    """The figures of one model on one split, JSON-safe; what a cell holds."""
+
+    seconds: float
+    figures: dict[str, float]
+    per_class: dict[str, float]
+    confidence: dict[str, list[float]]
+    texts: dict[str, str] = field(default_factory=dict)
+    losses: list[dict[str, float]] = field(default_factory=list)
+    distance: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+class ScenarioRun:
+    """One split of an experiment: its subsets, its two trained models, its rows.
+
+    Args:
+        experiment, split: what is measured on what.
+        cache: keeps the trained models.
+        output: folder for finished rows and the methods' runs; `None` keeps neither.
+        say: is told what happens, a sentence each.
+        progress: show bars on standard error.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        split: Split,
+        *,
+        cache: ModelCache,
+        output: Path | None = None,
+        say: Say = print,
+        progress: bool = True,
+    ) -> None:
+        self.experiment, self.split, self.cache = experiment, split, cache
+        self.output, self.say, self.progress = output, say, progress
+        self.name = slug(f"{split.scenario} {split.target}")
+        parts = split.apply(experiment.train, experiment.test)
+        test_name = "D_rt" if "forget_test" in parts else "D_t"
+        names = {"retain": "D_r", "forget": "D_f", "retain_test": test_name, "forget_test": "D_ft"}
+        self.subsets = {names[key]: subset for key, subset in parts.items()}
+        self.cells = CellStore(None if output is None else output / "cells", say)
+
+    @cached_property
+    def original(self) -> Trained:
+        """Trained on everything."""
+        return self.experiment.fit(self.experiment.train, "original", self.cache, progress=self.progress)
+
+    @cached_property
+    def retrain(self) -> Trained:
+        """Trained on the retained samples alone, by the same recipe."""
+        return self.experiment.fit(self.subsets["D_r"], f"retrain-{self.name}", self.cache, progress=self.progress)
+
+    def baseline(self, label: Literal["Original", "Retrain"]) -> Row:
+        """The row of one of the two trained models."""
+        dataset = self.experiment.train if label == "Original" else self.subsets["D_r"]
+        settings = {"model": self.experiment.settings(dataset), "split": self.split.digest()}
+
+        def measure() -> Row:
+            trained = self.original if label == "Original" else self.retrain
+            return self._measured(trained.model, trained.seconds, label)
+
+        return self.cells.get(f"{self.name}-{label}", settings, Row, measure)
+
+    def unlearned(self, method: Method) -> Row:
+        """The row of one method, which starts from a copy of the Original."""
+        settings = {
+            "model": self.experiment.settings(self.experiment.train),
+            "split": self.split.digest(),
+            "options": dict(method.options),
+        }
+
+        def measure() -> Row:
+            model = copy.deepcopy(self.original.model)
+            name = f"{self.name}-{slug(method.label)}"
+            folder = None if self.output is None else self.output / "runs" / f"{name}-{settings_key(settings)}"
+            result = unlearn(
+                model, self.subsets["D_f"], self.subsets["D_r"], output_dir=folder,
+                resume=folder is not None and folder.exists(), progress=self.progress, **method.options,
+            )  # fmt: skip
+            row = self._measured(model, float(result.record["training"]["seconds"]), method.label)
+            losses = [{k: v for k, v in step.items() if isinstance(v, int | float)} for step in result.history]
+            layers = [name for name in result.record["layers"] if name in dict(self.original.model.named_modules())]
+            return replace(row, losses=losses, distance=self._distances(model, layers))
+
+        return self.cells.get(f"{self.name}-{method.label}", settings, Row, measure)
+
+    def scenario(self, title: str, methods: Sequence[Method], *, shown: str | None = None) -> Scenario:
+        """All rows as a :class:`rfa_fast.report.Scenario`; the plots are of the method `shown`, or the first.
+
+        Raises:
+            ValueError: no method, or `shown` is none of them.
+        """
+        labels = [method.label for method in methods]
+        shown = labels[0] if shown is None and labels else shown
+        if shown not in labels:
+            raise ValueError(f"shown: got {shown!r}, expected one of the methods {', '.join(labels) or '(none given)'}")
+        rows = {"Original": self.baseline("Original"), "Retrain": self.baseline("Retrain")}
+        rows |= {method.label: self.unlearned(method) for method in methods}
+        before, after = rows["Original"], rows[shown]
+        forgotten = [self.split.target] if self.split.target in before.per_class else []
+        prompts = before.texts if self.experiment.write is not None else {}
+        return Scenario(
+            title,
+            [MethodRow(label, dict(row.figures), row.seconds) for label, row in rows.items()],
+            forgotten=forgotten,
+            per_class_before=before.per_class,
+            per_class_after=after.per_class,
+            feature_distance={f"{shown}, {name}": layers for name, layers in after.distance.items()},
+            confidence={
+                "forget before": before.confidence["forget"],
+                "forget after": after.confidence["forget"],
+                "test": after.confidence["test"],
+            },
+            losses=after.losses,
+            examples=[Example(prompt, text, after.texts[prompt]) for prompt, text in prompts.items()],
+            notes=[] if len(methods) == 1 else [f"The plots show {shown}; distances are to the Original."],
+            settings={
+                "split": {"scenario": self.split.scenario, "target": self.split.target, "digest": self.split.digest()},
+                "samples": {name: len(labels_of(subset)) for name, subset in self.subsets.items()},
+                "recipe": dict(self.experiment.recipe),
+                "methods": {method.label: dict(method.options) for method in methods},
+            },
+        )
+
+    def _measured(self, model: nn.Module, seconds: float, label: str) -> Row:
+        """Every figure that one pass per subset gives."""
+        loaders = {name: self.experiment.loader(subset) for name, subset in self.subsets.items()}
+        with bar(f"measure {label}", enabled=self.progress) as advance:
+            result = evaluate_split(model, loaders, progress=advance)
+        language = self.experiment.kind == "language"
+        figures = {f"{name}/accuracy" if language else name: item.accuracy for name, item in result.items()}
+        if language:
+            figures |= {f"{name}/perplexity": item.perplexity for name, item in result.items()}
+        figures["MIA"] = result.membership().forget_share
+        per_class = self._per_class(result, ("D_r", "D_f") if language else ("D_rt", "D_ft", "D_t"))
+        test = next(name for name in ("D_ft", "D_t", "D_rt") if name in result)
+        sources = {"forget": result["D_f"], "test": result[test]}
+        confidence = {key: thinned(item.predictions.confidence.tolist()) for key, item in sources.items()}
+        texts = {} if self.experiment.write is None else dict(self.experiment.write(model))
+        return Row(seconds, figures, per_class, confidence, texts)
+
+    def _per_class(self, result: SplitResult, names: Sequence[str]) -> dict[str, float]:
+        """Accuracy by class over some subsets, classes without a sample left out."""
+        right: dict[int, list[bool]] = {}
+        for name in names:
+            if name not in result:
+                continue
+            predictions = result[name].predictions
+            hits = (predictions.tokens_right == predictions.tokens).tolist()
+            for label, hit in zip(labels_of(self.subsets[name]), hits, strict=True):
+                right.setdefault(label, []).append(hit)
+        return {self.experiment.classes[label]: sum(hits) / len(hits) for label, hits in sorted(right.items())}
+
+    def _distances(self, model: nn.Module, layers: Sequence[str]) -> dict[str, dict[str, float]]:
+        """Distance of each layer's features to the Original's (section V-B5, definition 1), on kept and forgotten."""
+        if not layers:
+            return {}
+        loaders = {
+            name: self.experiment.loader(Subset(subset, thinned(range(len(subset)), _DISTANCE_SAMPLES)))
+            for name, subset in self.subsets.items()
+            if name in ("D_r", "D_f")
+        }
+        return {name: feature_distance(model, self.original.model, loader, layers) for name, loader in loaders.items()}
+
+
+def thinned(values: Sequence[Any], most: int = _CONFIDENCES) -> list[Any]:
+    """At most `most` of the values, evenly spaced.
+
+    Example:
+        >>> thinned(range(10), 4)
+        [0, 2, 5, 7]
+    """
+    if len(values) <= most:
+        return list(values)
+    return [values[i * len(values) // most] for i in range(most)]
+
+
+@contextmanager
+def bar(label: str, *, enabled: bool) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on standard error, as a callback of (done, in all); gone when it is full."""
+    if not enabled:
+        yield lambda done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as shown:
+        task = shown.add_task(label, total=None)
+        yield lambda done, total: shown.update(task, completed=done, total=total or None)

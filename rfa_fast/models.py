@@ -1,0 +1,397 @@
+"""A model from a word on the command line, and a model back to disk.
+
+Three kinds of words: a folder that transformers wrote, `torchvision:NAME`, or `package.module:factory`
+for everything else. Weights come from safetensors alone, because a pickle runs code when it is read,
+and from this machine alone, because a name that silently turns into a download is a name that silently
+turns into another model. The cost is one conversion for who still has a .bin or .pt file.
+
+Weights that do not fill the model are an error here, where transformers would draw the missing ones at
+random and go on: unlearning from a random head looks like success.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+Task = Literal["text", "image", "language", "unknown"]
+
+WEIGHTS_FILE = "model.safetensors"
+_TASKS: tuple[tuple[str, Task], ...] = (
+    ("ForSequenceClassification", "text"),
+    ("ForImageClassification", "image"),
+    ("ForCausalLM", "language"),
+    ("LMHeadModel", "language"),
+)
+_AUTO = {
+    "text": "AutoModelForSequenceClassification",
+    "image": "AutoModelForImageClassification",
+    "language": "AutoModelForCausalLM",
+}
+_PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
+_FORMS = "a folder with config.json and safetensors weights (transformers), torchvision:NAME, or package.module:factory"
+_DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A model and what is known about it.
+
+    Attributes:
+        model: in eval mode, on the CPU.
+        name: the word it was opened by.
+        source: `"transformers"`, `"torchvision"` or `"factory"`.
+        task: what it is for: `"text"` or `"image"` classification, a causal `"language"` model, or
+            `"unknown"` where neither the class nor the configuration says.
+        labels: class names by index, where its configuration names them.
+        tokenizer: of transformers, `None` without one.
+    """
+
+    model: nn.Module
+    name: str
+    source: Literal["transformers", "torchvision", "factory"]
+    task: Task
+    labels: tuple[str, ...] = ()
+    tokenizer: Any = None
+
+
+def open_model(
+    name: str | os.PathLike[str],
+    *,
+    weights: str | os.PathLike[str] | None = None,
+    classes: int | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+) -> OpenedModel:
+    """The model that a name stands for, with its weights.
+
+    Args:
+        name: a transformers folder; `torchvision:resnet18` or any other classification model of
+            torchvision; or `package.module:factory`, a callable without arguments that returns a
+            module, looked for in the current folder too.
+        weights: a .safetensors file with the whole state dict, for the last two kinds.
+        classes: number of outputs of a torchvision model (its own default when not given).
+        tokenizer: folder of the tokenizer; by default the model's own folder.
+        dtype: `"auto"` (as the weights are stored), `"float32"`, `"bfloat16"` or `"float16"`.
+        trust_remote_code: let a transformers folder bring Python code of its own, which is then run.
+
+    Raises:
+        FileNotFoundError: the folder or the file does not exist, or holds no weights.
+        ValueError: an unknown name, an unsupported architecture, a pickle, or weights that do not fit.
+        TypeError: the factory cannot be called, or returns no module.
+
+    Example:
+        >>> opened = open_model("torchvision:resnet18", classes=10)
+        >>> type(opened.model).__name__, opened.model.fc.out_features, opened.task
+        ('ResNet', 10, 'image')
+    """
+    text = os.fspath(name)
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype: got {dtype!r}, expected one of {', '.join(_DTYPES)}")
+    if weights is not None:
+        weights = check_weights_file(weights)
+    labels: tuple[str, ...] = ()
+    source: Literal["transformers", "torchvision", "factory"]
+    if text.startswith("torchvision:"):
+        source, model = "torchvision", _from_torchvision(text.partition(":")[2], classes)
+    elif Path(text).is_dir():
+        if weights is not None:
+            raise ValueError(f"weights: got {weights} beside the folder {text}, expected none: the folder has its own")
+        source, model = "transformers", _from_folder(Path(text), dtype, trust_remote_code=trust_remote_code)
+        labels = _own_labels(model)
+        tokenizer = _tokenizer_folder(Path(text)) if tokenizer is None else tokenizer
+    elif re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", text) and not Path(text).exists():
+        source, model = "factory", _from_factory(text)
+    else:
+        raise _no_model(text)
+    if weights is not None:
+        _fill(model, weights)
+    wanted = _DTYPES[dtype]
+    if wanted is not None:
+        model.to(wanted)
+    task: Task = "image" if source == "torchvision" else _task_of(type(model).__name__)
+    opened = None if tokenizer is None else open_tokenizer(tokenizer, trust_remote_code=trust_remote_code)
+    return OpenedModel(model.eval(), text, source, task, labels, opened)
+
+
+def open_tokenizer(folder: str | os.PathLike[str], *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a folder, from this machine alone.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: the folder holds none that can be read.
+    """
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"tokenizer: {os.fspath(folder)} is no folder, expected one with a tokenizer")
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"tokenizer: {os.fspath(folder)} has none that can be read ({_line(error)})") from error
+
+
+def save_model(model: nn.Module, folder: str | os.PathLike[str], tokenizer: Any = None) -> Path:
+    """Write a model so that :func:`open_model` reads it back; the folder appears whole or not at all.
+
+    A transformers model goes through its own `save_pretrained`, with the tokenizer beside it; any other
+    becomes `model.safetensors`, its whole state dict. A folder of the same name is replaced.
+
+    Raises:
+        FileExistsError: `folder` is a file.
+        OSError: it cannot be written; what was there is untouched.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as place:
+        ...     [file.name for file in save_model(nn.Linear(2, 2), Path(place) / "model").iterdir()]
+        ['model.safetensors']
+    """
+    target = Path(folder)
+    if target.exists() and not target.is_dir():
+        raise FileExistsError(f"{target}: is a file, expected a folder or a new name")
+    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    partial.mkdir(parents=True)
+    try:
+        if _is_transformers(model):
+            with _without_bars():
+                model.save_pretrained(partial)  # type: ignore[operator]
+            if tokenizer is not None:
+                tokenizer.save_pretrained(partial)
+        else:
+            from safetensors.torch import save_model as write
+
+            write(model, str(partial / WEIGHTS_FILE))
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+def check_weights_file(path: str | os.PathLike[str]) -> Path:
+    """The path of a .safetensors file that exists.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: another format; a pickle is refused with the reason.
+    """
+    file = Path(path)
+    if file.suffix.lower() in _PICKLES:
+        raise ValueError(
+            f"weights: got {file}, a pickle, which runs code when it is read; expected a .safetensors file. Where you "
+            f"trust it, convert it once: safetensors.torch.save_file(state_dict, {file.stem + '.safetensors'!r})"
+        )
+    if not file.is_file():
+        raise FileNotFoundError(f"weights: {file} does not exist, expected a .safetensors file")
+    if file.suffix.lower() != ".safetensors":
+        raise ValueError(f"weights: got {file}, expected a .safetensors file")
+    return file
+
+
+def _from_folder(folder: Path, dtype: str, *, trust_remote_code: bool) -> nn.Module:
+    config = _read_config(folder)
+    names = config.get("architectures")
+    name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
+    task = "unknown" if name is None else _task_of(name)
+    if name is None or task == "unknown":
+        expected = ", ".join(f"…{ending}" for ending, _ in _TASKS)
+        raise ValueError(f"{folder}/config.json: architectures: got {names!r}, expected one class, of {expected}")
+    _require_safetensors(folder)
+    import transformers
+
+    if isinstance(config.get("auto_map"), dict) and not hasattr(transformers, name):
+        if not trust_remote_code:
+            raise ValueError(
+                f"{folder}: {name} is Python code in that folder, which would be run; read it, then say "
+                "trust_remote_code=True (--trust-remote-code)"
+            )
+        name = _AUTO[task]
+    if not hasattr(transformers, name):
+        raise ValueError(
+            f"{folder}/config.json: architectures: got {name!r}, which transformers {transformers.__version__} does "
+            "not have; upgrade transformers"
+        )
+    from safetensors import SafetensorError
+
+    options = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": trust_remote_code}
+    try:
+        with _without_bars():
+            model, info = getattr(transformers, name).from_pretrained(
+                folder, dtype="auto" if dtype == "auto" else _DTYPES[dtype], output_loading_info=True, **options
+            )
+    except (SafetensorError, RuntimeError, ValueError, KeyError, OSError) as error:
+        raise ValueError(f"{folder}: cannot be read as {name} ({_line(error)}); is a file cut short?") from error
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(
+            f"{folder}: its weights lack {_some(missing)} of {name}; expected a trained model with all of its weights"
+        )
+    found: nn.Module = model
+    return found
+
+
+def _read_config(folder: Path) -> Mapping[str, Any]:
+    file = folder / "config.json"
+    if not file.is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise ValueError(f"{folder}: holds an adapter, expected a model; name the model that it was trained on")
+        raise FileNotFoundError(f"{folder}: holds no config.json, expected {_FORMS}")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: got no JSON ({error}), expected a model's configuration") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{file}: got {type(config).__name__}, expected a JSON object")
+    return config
+
+
+def _require_safetensors(folder: Path) -> None:
+    if any(folder.glob("*.safetensors")):
+        return
+    pickles = sorted(file.name for file in folder.iterdir() if file.suffix.lower() in _PICKLES)
+    if pickles:
+        raise ValueError(
+            f"{folder}: got weights in {', '.join(pickles)}, a pickle, which runs code when it is read; expected "
+            "model.safetensors. Where you trust it, convert it once: load it in transformers and save_pretrained()"
+        )
+    raise FileNotFoundError(f"{folder}: holds no weights, expected model.safetensors beside config.json")
+
+
+def _from_torchvision(name: str, classes: int | None) -> nn.Module:
+    from torchvision import models
+
+    known = models.list_models(module=models)
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=3)
+        hint = f"did you mean {', '.join(close)}?" if close else "torchvision.models.list_models() lists them"
+        raise ValueError(f"torchvision: got {name!r}, expected one of its classification models; {hint}")
+    options = {} if classes is None else {"num_classes": classes}
+    with torch.random.fork_rng(devices=[]):
+        model: nn.Module = models.get_model(name, weights=None, **options)
+    return model
+
+
+def _from_factory(text: str) -> nn.Module:
+    module_name, _, path = text.partition(":")
+    here = os.getcwd()
+    # Last, not first: a file of the user's should not hide an installed package of the same name.
+    sys.path.append(here)
+    try:
+        found: Any = import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{text}: got module {module_name!r}, which cannot be imported ({error}); expected an installed module "
+            f"or a file in {here}"
+        ) from error
+    finally:
+        sys.path.remove(here)
+    for part in path.split("."):
+        if not hasattr(found, part):
+            raise ValueError(f"{text}: {module_name} has no {path!r}, expected a callable that returns the model")
+        found = getattr(found, part)
+    if not callable(found):
+        raise TypeError(f"{text}: got {type(found).__name__}, expected a callable without arguments")
+    needed = [
+        p.name
+        for p in inspect.signature(found).parameters.values()
+        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
+    if needed:
+        raise TypeError(f"{text}: needs the arguments {', '.join(needed)}, expected a callable without arguments")
+    model = found()
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{text}: returned {type(model).__name__}, expected a torch.nn.Module")
+    return model
+
+
+def _fill(model: nn.Module, weights: Path) -> None:
+    """Load the whole state dict, or say what does not fit and leave the model alone."""
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import load_model
+
+    own = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    try:
+        with safe_open(weights, framework="pt") as file:
+            there = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"weights: {weights} cannot be read ({error}); is it cut short?") from error
+    unknown = sorted(set(there) - set(own))
+    other = [key for key in there if key in own and there[key] != own[key]]
+    if other:
+        key = other[0]
+        raise ValueError(f"weights: {weights} has {key} of shape {there[key]}, expected {own[key]}, the model's")
+    if unknown:
+        raise ValueError(f"weights: {weights} has {_some(unknown)}, which {type(model).__name__} has not")
+    try:
+        load_model(model, weights)
+    except RuntimeError as error:
+        raise ValueError(f"weights: {weights} does not fill {type(model).__name__} ({_line(error)})") from error
+
+
+def _no_model(text: str) -> Exception:
+    path = Path(text)
+    if path.suffix.lower() in _PICKLES:
+        return ValueError(f"model: got {text}, a pickle, which runs code when it is read; expected {_FORMS}")
+    if path.is_file():
+        return ValueError(f"model: got the file {text}, expected {_FORMS}; weights alone go to weights= (--weights)")
+    return FileNotFoundError(f"model: {text} is no folder here, and nothing is downloaded; expected {_FORMS}")
+
+
+def _task_of(name: str) -> Task:
+    return next((task for ending, task in _TASKS if name.endswith(ending)), "unknown")
+
+
+def _own_labels(model: nn.Module) -> tuple[str, ...]:
+    """The configuration's class names, unless they are transformers' placeholders."""
+    names = getattr(getattr(model, "config", None), "id2label", None)
+    if not isinstance(names, Mapping) or sorted(names) != list(range(len(names))):
+        return ()
+    labels = tuple(str(names[i]) for i in range(len(names)))
+    return () if all(re.fullmatch(r"LABEL_\d+", label) for label in labels) else labels
+
+
+def _tokenizer_folder(folder: Path) -> Path | None:
+    return folder if (folder / "tokenizer_config.json").is_file() or (folder / "tokenizer.json").is_file() else None
+
+
+def _is_transformers(model: nn.Module) -> bool:
+    return hasattr(model, "config") and callable(getattr(model, "save_pretrained", None))
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """No bar of transformers' for reading a file; its setting is as before afterwards."""
+    from transformers.utils import logging
+
+    was = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if was:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _line(error: Exception) -> str:
+    """An error's text on one line."""
+    return " ".join(str(error).split())

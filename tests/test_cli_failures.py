@@ -1,0 +1,206 @@
+"""The commands when something is wrong: one line that says what, an exit code, and nothing lost."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner, Result
+
+from rfa_fast.cli import app
+from rfa_fast.data import load
+from rfa_fast.methods import read_record
+from rfa_fast.report import RunReport
+
+QUICK = ["--max-steps", "2", "--no-progress", "--rank", "2", "--lr", "0.01", "--no-distances"]
+
+NETS = """
+import signal
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    calls = 0
+    interrupt_at = None
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU())
+        self.fc = nn.Linear(16, 3)
+
+    def forward(self, x):
+        if self.training is False and torch.is_grad_enabled():
+            Net.calls += 1
+            if Net.calls == Net.interrupt_at:
+                signal.raise_signal(signal.SIGINT)
+        return self.fc(self.blocks(x).mean((2, 3)).repeat(1, 4))
+
+def build():
+    return Net()
+
+def build_nan():
+    net = Net()
+    net.fc.weight.data[0] = float("nan")
+    return net
+
+def broken():
+    raise RuntimeError("a defect")
+
+def needs(width):
+    return Net()
+"""
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder with a module of networks; results default into it."""
+    monkeypatch.chdir(tmp_path)
+    name = f"nets_{tmp_path.name.replace('-', '_')}"
+    (tmp_path / f"{name}.py").write_text(NETS)
+    (tmp_path / "nets.name").write_text(name)
+    generator = np.random.default_rng(0)
+    y = np.arange(60) % 3
+    x = (generator.random((60, 6, 6)) * 60 + 60 * y[:, None, None]).astype(np.uint8)
+    np.savez(tmp_path / "images.npz", x=x, y=y)
+    return tmp_path
+
+
+@pytest.fixture
+def without_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second less per page, where the test is not about the page."""
+    monkeypatch.setattr("rfa_fast.report_page.draw_plots", lambda scenario, anchor: [])
+
+
+def nets(place: Path) -> str:
+    return (place / "nets.name").read_text()
+
+
+def run(*words: str, code: int = 0) -> Result:
+    result = CliRunner().invoke(app, list(words))
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == code, result.output
+    return result
+
+
+def figures(output: Path) -> dict[str, dict[str, float]]:
+    report = RunReport.from_json(output / "report.json")
+    return {row.method: row.metrics for row in report.scenarios[0].rows}
+
+
+@pytest.mark.usefixtures("without_plots")
+def test_ctrl_c_says_how_to_go_on_and_the_end_is_the_same(place: Path) -> None:
+    name = nets(place)
+    words = ["unlearn", f"{name}:build", "--data", "images.npz", "--forget-class", "1", "--batch-size", "8", "--rank",
+             "2", "--targets", "all", "--epochs", "2", "--no-progress", "--no-distances", "--output"]  # fmt: skip
+    start = f"import {name}; {name}.Net.interrupt_at = 3; from rfa_fast.cli import main; main()"
+    ended = subprocess.run(
+        [sys.executable, "-c", start, *words, "my out"], capture_output=True, text=True, timeout=300, check=False,
+        cwd=place,
+    )  # fmt: skip
+    assert ended.returncode == 130, ended.stderr
+    assert "Interrupted after step 3" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert (place / "my out" / "split.json").is_file()
+    assert not (place / "my out" / "model").exists()
+    command = next(line for line in ended.stderr.splitlines() if "--resume" in line)
+    typed = shlex.split(command)
+    assert typed == ["rfa-fast", *words, "my out", "--resume"]
+    run(*typed[1:])
+    run(*words, "straight")
+    one, other = (load_file(place / out / "model" / "model.safetensors") for out in ("my out", "straight"))
+    assert all(torch.equal(one[key], value) for key, value in other.items())
+    assert figures(place / "my out") == figures(place / "straight")
+    losses = [RunReport.from_json(place / o / "report.json").scenarios[0].losses for o in ("my out", "straight")]
+    totals = [[step["total"] for step in steps] for steps in losses]
+    assert totals[0] == totals[1]
+
+
+FACTORY = ["{nets}:build", "--data", "images.npz", "--forget-class", "1"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        pytest.param(["nowhere", *FACTORY[1:]], "model: nowhere is no folder here", id="no model"),
+        pytest.param(["torchvision:resnet18", *FACTORY[1:]], "expected --weights FILE.safetensors", id="no weights"),
+        pytest.param(["torchvision:resnet", *FACTORY[1:], "--weights", "w.safetensors"], "did you mean", id="name"),
+        pytest.param([*FACTORY, "--weights", "w.pt"], "a pickle, which runs code when it is read", id="pickle"),
+        pytest.param([*FACTORY, "--weights", "cut.safetensors"], "is it cut short?", id="truncated weights"),
+        pytest.param(["{nets}:needs", *FACTORY[1:]], "needs the arguments width", id="factory with arguments"),
+        pytest.param(
+            [FACTORY[0], "--data", "moons", "--forget-class", "1"],
+            "got 'moons', expected one of digits",
+            id="unknown data",
+        ),
+        pytest.param([FACTORY[0], "--data", "gone.npz", "--forget-class", "1"], "gone.npz", id="absent data"),
+        pytest.param(
+            [*FACTORY[:4], "7"],
+            "got class '7', expected one of the training set's: 0 (0), 1 (1), 2 (2)",
+            id="unknown class",
+        ),
+        pytest.param(FACTORY[:3], "nothing to forget, expected one of --forget-class", id="nothing to forget"),
+        pytest.param([*FACTORY, "--forget-samples", "3"], "got --forget-class and --forget-samples", id="two requests"),
+        pytest.param([*FACTORY[:3], "--forget-keyword", "cat"], "a set of images", id="keyword for images"),
+        pytest.param(
+            [*FACTORY[:3], "--forget-samples", "999"], "expected fewer than the 48 training samples", id="all"
+        ),
+        pytest.param([*FACTORY[:3], "--forget-ids", "bad.txt"], "1 of 2 are no training sample of images", id="ids"),
+        pytest.param([*FACTORY[:3], "--split", "gone.json"], "gone.json does not exist", id="no split"),
+        pytest.param(
+            [*FACTORY, "--rank", "99", "--targets", "blocks.0"], "rank: got 99, expected at most 4", id="rank"
+        ),
+        pytest.param([*FACTORY, "--targets", "layer9"], "got 'layer9', which matched no layer", id="targets"),
+        pytest.param([*FACTORY, "--mode", "pupil"], "mode: got 'pupil', expected one of 'residual'", id="mode"),
+        pytest.param([*FACTORY, "--loss-weights", "1,2"], "weights: got (1.0, 2.0), expected four", id="loss weights"),
+        pytest.param([*FACTORY, "--autocast", "float16"], "--autocast: got 'float16'", id="autocast"),
+        pytest.param([*FACTORY, "--dtype", "int8"], "dtype: got 'int8'", id="dtype"),
+        pytest.param([*FACTORY, "--device", "cuda:9"], "device: got 'cuda:9'", id="device"),
+        pytest.param([*FACTORY, "--data-option", "size"], "expected KEY=VALUE", id="data option"),
+        pytest.param([*FACTORY, "--data-option", "colour=1"], "got option 'colour', expected some of", id="loader"),
+        pytest.param([*FACTORY, "--retrained", "nowhere"], "model: nowhere is no folder here", id="retrained"),
+        pytest.param([*FACTORY, "--output", "images.npz"], "images.npz is a file", id="output is a file"),
+    ],
+)
+def test_bad_input_is_one_line_and_changes_nothing(place: Path, words: list[str], message: str) -> None:
+    (place / "w.pt").write_bytes(b"")
+    save_file({"a": torch.zeros(1)}, place / "w.safetensors")
+    (place / "cut.safetensors").write_bytes((place / "w.safetensors").read_bytes()[:20])
+    (place / "bad.txt").write_text(f"{load(place / 'images.npz').train.ids[0]}\nnobody\n")
+    before = sorted(place.rglob("*"))
+    result = run("unlearn", *(word.format(nets=nets(place)) for word in words), "--no-progress", code=2)
+    assert message in result.stderr
+    assert result.stderr.count("error: ") == 1
+    assert "Traceback" not in result.output
+    assert sorted(file for file in place.rglob("*") if "__pycache__" not in file.parts) == before
+
+
+def test_other_failures_keep_their_code_and_their_traceback(place: Path) -> None:
+    rest = ["--data", "images.npz", "--forget-class", "1", *QUICK]
+    nan = run("unlearn", f"{nets(place)}:build_nan", *rest, code=1)
+    assert "NaN or infinite logits" in nan.stderr
+    with pytest.raises(RuntimeError, match="a defect"):
+        run("unlearn", f"{nets(place)}:broken", *rest)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        run("unlearn", "nowhere", *rest, "--debug")
+
+
+@pytest.mark.usefixtures("without_plots")
+def test_run_with_other_settings_is_not_resumed(place: Path) -> None:
+    words = ["unlearn", f"{nets(place)}:build", "--data", "images.npz", "--forget-class", "1", "--batch-size", "8",
+             "--output", "out", "--no-progress", "--max-steps", "1", "--rank", "2", "--no-distances"]  # fmt: skip
+    run(*words)
+    before = (place / "out" / "report.json").read_bytes()
+    refused = run(*words, "--resume", "--gamma", "0.1", code=2)
+    assert "gamma: 0.5 in the run, 0.1 now" in refused.stderr
+    assert "output_dir" not in refused.stderr
+    assert (place / "out" / "report.json").read_bytes() == before
+    run(*words, "--resume")
+    assert read_record(place / "out")["training"]["steps"] == 1
