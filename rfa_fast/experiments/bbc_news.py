@@ -2,8 +2,9 @@
 
 A pretrained BERT of six layers with a new head stands in for the paper's DistilBERT, and five topics
 of news for its text classification. The first 64 tokens of an article are used: headline and lead
-mostly tell the topic, at a fraction of the time that the whole takes. The unlearning settings were
-chosen on another topic (business), with a tenth of the training articles in the test set's place.
+mostly tell the topic, at a fraction of the time that the whole takes. The unlearning settings are
+starting values, not the outcome of a comparison: `--validation --scenario class:business --try lr=…`
+makes one without touching the test set.
 
     python -m rfa_fast.experiments.bbc_news --output runs/bbc-news
 """

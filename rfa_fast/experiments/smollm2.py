@@ -3,8 +3,9 @@
 A small real language model that is first taught answers it does not know, so that there is something to
 forget and a yardstick for having forgotten it: questions of the same topics that were never taught
 (D_rt, D_ft). Accuracy is of whole answers, perplexity of the answers' tokens. The pretrained weights are
-de-quantised from four bits once and kept in the cache. The unlearning settings were chosen on another
-topic (Harry Potter), with a tenth of the training questions in the test set's place.
+de-quantised from four bits once and kept in the cache. The unlearning settings are starting values, not
+the outcome of a comparison: `--validation --scenario class:harrypotter --try lr=…` makes one without
+touching the held-out questions.
 
     python -m rfa_fast.experiments.smollm2 --output runs/smollm2
 """
