@@ -133,6 +133,8 @@ class RFAConfig:
         out: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         out["adapter_dtype"] = str(self.adapter_dtype).removeprefix("torch.")
         out["weights"] = list(self.weights)
+        for name in ("rank_pattern", "alpha_pattern", "rows"):
+            out[name] = dict(out[name]) if isinstance(out[name], Mapping) else out[name]
         return out
 
     @classmethod

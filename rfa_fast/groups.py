@@ -134,6 +134,8 @@ class GroupContext:
     teacher: dict[str, Tensor] = field(default_factory=dict)
     terms: dict[str, LayerTerms] = field(default_factory=dict)
     calls: dict[str, int] = field(default_factory=dict)
+    means: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    losses: dict[str, LayerTerms] = field(default_factory=dict)
     mean_prediction: Tensor | None = None
     seen_retain: bool = False
     head_stands_aside: bool = True
@@ -141,9 +143,13 @@ class GroupContext:
     def begin(self, batch: Batch) -> None:
         """Start a batch; reports of the one before are dropped."""
         self.batch = batch
-        self.teacher, self.terms, self.calls = {}, {}, {}
+        self.clear()
         if batch.samples.device.type == "cpu" and not torch.compiler.is_compiling():
             self._note_retain(bool((batch.samples == RETAIN).any()))
+
+    def clear(self) -> None:
+        """Drop what the layers reported: a finished batch must keep neither features nor a graph alive."""
+        self.teacher, self.terms, self.calls, self.means = {}, {}, {}, {}
 
     def _note_retain(self, any_retain: bool) -> None:
         if not any_retain and not self.seen_retain:
@@ -248,6 +254,8 @@ def batch_of(inputs: Tensor | Mapping[str, Any]) -> tuple[int, int | None, Tenso
         (2, 5, None)
     """
     if isinstance(inputs, Tensor):
+        if not inputs.ndim:
+            raise ValueError("inputs: got shape (), expected a batch axis in front: (B, ...)")
         return inputs.shape[0], None, None
     first = next((v for v in inputs.values() if isinstance(v, Tensor) and v.ndim), None)
     if first is None:
@@ -256,6 +264,8 @@ def batch_of(inputs: Tensor | Mapping[str, Any]) -> tuple[int, int | None, Tenso
     if not isinstance(ids, Tensor):
         return first.shape[0], None, None
     mask = inputs.get("attention_mask")
+    if mask is not None and not isinstance(mask, Tensor):
+        raise TypeError(f"attention_mask: got {type(mask).__name__}, expected a tensor of shape {tuple(ids.shape[:2])}")
     if mask is not None and tuple(mask.shape) != tuple(ids.shape[:2]):
         raise ValueError(
             f"attention_mask: got shape {tuple(mask.shape)}, expected {tuple(ids.shape[:2])}; "

@@ -45,20 +45,22 @@ def predicts_next_token(model: nn.Module) -> bool:
     return not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
 
 
-def check_labels(labels: Tensor, size: int) -> None:
-    """Labels must be int64, one row per sample.
+def check_labels(labels: Tensor, size: int, device: torch.device) -> None:
+    """Labels must be int64, one row per sample, where the model is.
 
     Raises:
         TypeError: another dtype. ValueError: another shape.
 
     Example:
-        >>> check_labels(torch.tensor([0, 1]), 2)
+        >>> check_labels(torch.tensor([0, 1]), 2, torch.device("cpu"))
     """
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
         got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
         raise TypeError(f"labels: got {got}, expected an int64 tensor")
     if labels.ndim not in (1, 2) or labels.shape[0] != size:
         raise ValueError(f"labels: got shape {tuple(labels.shape)}, expected ({size},) or ({size}, T)")
+    if labels.device != device:
+        raise ValueError(f"labels: got device {labels.device}, expected the model's device {device}")
 
 
 def logits_and_task(
@@ -101,7 +103,7 @@ def logits_and_task(
                 sums.retain / sums.retain_count.clamp(min=1), sums.forget / sums.forget_count.clamp(min=1),
                 sums.mean_prediction,
             )  # fmt: skip
-        context.calls, context.terms, context.head_stands_aside = {}, {}, False
+        context.calls, context.terms, context.means, context.head_stands_aside = {}, {}, {}, False
     logits = _logits(_run(model, inputs))
     if labels.ndim == 2:
         _check_length(labels, logits)

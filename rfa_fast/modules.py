@@ -92,6 +92,8 @@ class RFALayer(nn.Module):
         if frozen_feature is not None:
             frozen_feature = self._batch_first(frozen_feature, layout.view, size)
         target, known = self._target(batch_first, frozen_feature, codes, batch.token_units)
+        if known.ndim and codes.ndim == 1:
+            codes = codes[:, None].expand(-1, known.shape[0])
         aimed = torch.where(known | (codes == RETAIN), codes, IGNORE)
         out = self._operate(batch_first, aimed, target, frozen_feature, per_sample=per_sample)
         if out.retain_loss is None or out.forget_loss is None:
@@ -123,17 +125,17 @@ class RFALayer(nn.Module):
                 target, known = torch.where(usable, fresh, stored.to(fresh)), usable | stored_known
             else:
                 target, known = torch.where(usable, fresh, 0), usable
-            self.feature_mean, self.feature_mean_known = target, known
-            per_code = known.reshape(known.shape[: max(codes.ndim - 1, 0)]) if known.numel() > 1 else known.reshape(())
-            return target, per_code
+            self.rfa_context.means[self.rfa_name] = (target, known)
+            return target, known.reshape(known.shape[:1]) if known.numel() > 1 else known.reshape(())
 
     def _operate(
         self, x: Tensor, group: Tensor | None, target: Tensor | None, teacher: Tensor | None, *, per_sample: bool
     ) -> functional.RFAOutput:
         """Run the layer's operator on a batch-first input.
 
-        LoRA has a fused operator. PiSSA and DoRA form Δ itself: the r × r shortcut does not hold for
-        them, and a difference of equal products is an exact 0 at the start where a sum of 2r is not.
+        LoRA has a fused operator. PiSSA and DoRA form Δ itself, for which there is no r × r shortcut.
+        PiSSA's `BA − B₀A₀` is taken as `(B − B₀)A + B₀(A − A₀)`: an exact 0 at the start, and nothing
+        cancels in the dtype of x.
         """
         if self.adapter == "lora":
             return self._fused(x, group, target, teacher, per_sample)
@@ -141,9 +143,11 @@ class RFALayer(nn.Module):
         if self.adapter == "dora":
             residual = self._product(x, self.delta_weight().to(x.dtype))
         else:
-            pairs = ((self.lora_a, self.lora_b), (self.initial_a, self.initial_b))
-            now, start = (self._pair(x, a.to(x.dtype), b.to(x.dtype)) for a, b in pairs)
-            residual = self.scale * (now - start)
+            wide = torch.promote_types(accumulation_dtype(x.dtype), self.lora_a.dtype)
+            a, b = self.lora_a.to(wide), self.lora_b.to(wide)
+            a0, b0 = self.initial_a.to(wide), self.initial_b.to(wide)
+            moved_b = self._pair(x, a.to(x.dtype), (b - b0).to(x.dtype))
+            residual = self.scale * (moved_b + self._pair(x, (a - a0).to(x.dtype), b0.to(x.dtype)))
         if group is None:
             return functional.RFAOutput(frozen + residual, None, None, None)
         sums = alignment_sums(
@@ -168,9 +172,12 @@ class RFALayer(nn.Module):
             differentiable with respect to the adapters.
         """
         wide = torch.promote_types(accumulation_dtype(self.weight.dtype), self.lora_a.dtype)
-        product = self._dense(self.lora_a.to(wide), self.lora_b.to(wide))
+        a, b = self.lora_a.to(wide), self.lora_b.to(wide)
         if self.adapter == "pissa":
-            product = product - self._dense(self.initial_a.to(wide), self.initial_b.to(wide))
+            a0, b0 = self.initial_a.to(wide), self.initial_b.to(wide)
+            product = self._dense(a, b - b0) + self._dense(a - a0, b0)
+        else:
+            product = self._dense(a, b)
         if self.adapter == "dora":
             product = dora_residual_weight(self._rows_weight().to(wide), product, self.magnitude.to(wide))
         return self._from_rows(product)

@@ -261,10 +261,11 @@ def task_sums(logits: Tensor, labels: Tensor, group: Tensor, soft_label: Tensor)
     """
     labelled = labels != IGNORED_LABEL
     kept, forgotten = labelled & (group == RETAIN), labelled & (group == FORGET)
-    log_p = F.log_softmax(logits.to(accumulation_dtype(logits.dtype)), dim=-1)
-    safe = torch.where(kept, labels, 0)
-    retain = -torch.where(kept, log_p.gather(1, safe[:, None]).squeeze(1), 0).sum()
-    forget = -torch.where(forgotten, log_p @ soft_label.to(log_p), 0).sum()
+    with torch.autocast(logits.device.type, enabled=False):
+        log_p = F.log_softmax(logits.to(accumulation_dtype(logits.dtype)), dim=-1)
+        safe = torch.where(kept, labels, 0)
+        retain = -torch.where(kept, log_p.gather(1, safe[:, None]).squeeze(1), 0).sum()
+        forget = -torch.where(forgotten, log_p @ soft_label.to(log_p), 0).sum()
     return TaskSums(retain, forget, kept.sum(), forgotten.sum())
 
 

@@ -123,7 +123,7 @@ def conv2d(
         group = _without_target(group, usable)
     per_group = lora_b.reshape(groups, -1, lora_b.shape[1])
     batch, _, height, width = hidden.shape
-    rows = hidden.reshape(batch, groups, -1, height * width).permute(0, 3, 1, 2)
+    rows = hidden.reshape(batch, groups, lora_b.shape[1], height * width).permute(0, 3, 1, 2)
     return _assemble(
         backend, frozen, residual, rows, per_group, scale, group, target, retain_target, norm, True, emit_residual, (0,)
     )  # fmt: skip

@@ -214,7 +214,8 @@ class RFA:
         if not isinstance(inputs, Tensor | Mapping):
             raise TypeError(f"inputs: got {type(inputs).__name__}, expected a tensor or a dict of keyword arguments")
         size, length, mask = batch_of(inputs)
-        check_labels(labels, size)
+        self._check_enabled()
+        check_labels(labels, size, self._device())
         token_units = self.config.feature_mean == "token" or (self.config.feature_mean == "auto" and length is not None)
         device = self._device()
         batch = make_batch(forget, valid, device=device, size=size, length=length, token_units=token_units)
@@ -228,6 +229,7 @@ class RFA:
                 )
             task = logits_and_task(self.model, inputs, labels, batch, self._context)
             retain, forget_term = self._alignment()
+            self._commit()
         self._context.mean_prediction = task.mean_prediction.detach()
         return combine(
             retain, forget_term, task.retain, task.forget, layers=len(self.names), gamma=self.config.gamma,
@@ -251,6 +253,7 @@ class RFA:
             0
         """
         self._check_live()
+        self._check_enabled()
         tokens_by_input = getattr(self.model, "main_input_name", None) == "input_ids"
         token_units = self.config.feature_mean == "token" or (
             self.config.feature_mean == "auto" and (tokens_by_input or (valid is not None and valid.ndim == 2))
@@ -274,6 +277,7 @@ class RFA:
         """
         self._check_live()
         retain, forget = self._alignment()
+        self._commit()
         zero = torch.zeros_like(retain)
         terms = combine(
             retain, forget, zero, zero, layers=len(self.names), gamma=self.config.gamma, weights=self.config.weights
@@ -282,7 +286,7 @@ class RFA:
 
     def layer_losses(self) -> dict[str, LayerTerms]:
         """Retain and forget alignment of each adapted layer in the last loss."""
-        return {name: self._context.terms[name] for name in self.names if name in self._context.terms}
+        return dict(self._context.losses)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -325,7 +329,7 @@ class RFA:
             {'0': 0.0}
         """
         self._check_live()
-        if dtype is not None and not dtype.is_floating_point:
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise TypeError(f"dtype: got {dtype}, expected a floating-point dtype")
         with torch.no_grad():
             for name, layer in self.layers.items():
@@ -409,6 +413,18 @@ class RFA:
         retain = sum((t.retain.to(wide) for t in terms[1:]), start=terms[0].retain.to(wide) + 0)
         forget = sum((t.forget.to(wide) for t in terms[1:]), start=terms[0].forget.to(wide) + 0)
         return retain, forget
+
+    def _commit(self) -> None:
+        """The batch is good: keep its means for batches without retain samples, and let its graph go."""
+        context = self._context
+        for name, (mean, known) in context.means.items():
+            self.layers[name].feature_mean, self.layers[name].feature_mean_known = mean, known
+        context.losses = {n: LayerTerms(t.retain.detach(), t.forget.detach()) for n, t in context.terms.items()}
+        context.clear()
+
+    def _check_enabled(self) -> None:
+        if not self._context.enabled:
+            raise ValueError("RFA: got a loss inside disabled(), where there are no adapters; leave that context first")
 
     def _restore(self, *, keep_untied: bool) -> None:
         for layer in self.layers.values():

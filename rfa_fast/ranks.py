@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor, nn
 
 from rfa_fast.config import RFAConfig
@@ -29,7 +31,8 @@ def fit_ranks(model: nn.Module, plan: Plan, config: RFAConfig) -> RFAConfig:
     """
     ranks, alphas = dict(config.rank_pattern), dict(config.alpha_pattern)
     names = {target.name for target in plan.adapted}
-    for label, pattern in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
+    rows = config.rows if isinstance(config.rows, Mapping) else {}
+    for label, pattern in (("rank_pattern", ranks), ("alpha_pattern", alphas), ("rows", rows)):
         foreign = sorted(set(pattern) - names)
         if foreign:
             raise ValueError(

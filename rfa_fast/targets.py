@@ -92,6 +92,10 @@ def select(model: nn.Module, targets: Targets) -> Plan:
         ValueError: targets: got '3', which is no layer of this model; its layers are 0, 2
     """
     layers = {name: module for name, module in model.named_modules() if name and _looks_adaptable(module)}
+    if kind_of(model) is not None:
+        raise ValueError(
+            f"model: got a bare {type(model).__name__}, expected one with named layers; wrap it: nn.Sequential(model)"
+        )
     if not layers:
         raise ValueError(f"model: got {type(model).__name__}, expected one with Linear, Conv2d or Conv1D layers")
     obstacles = _Obstacles(model)
@@ -105,6 +109,8 @@ def select(model: nn.Module, targets: Targets) -> Plan:
     adapted: list[Target] = []
     for name in chosen:
         module = layers[name]
+        if _QUANTISED.search(type(module).__module__):
+            _check_weight(name, module)
         reason = obstacles.of(name, module)
         if reason is not None and name in listed:
             raise ValueError(f"targets: got {name!r}, which cannot be adapted: {reason}")
@@ -116,7 +122,8 @@ def select(model: nn.Module, targets: Targets) -> Plan:
         if kind is not None:
             adapted.append(Target(name, kind, is_head=name == head, tied_to=obstacles.tied_head(name)))
     if not adapted:
-        why = "; ".join(f"{n}: {reasons[n]}" for n in list(reasons)[:5])
+        asked_first = sorted(reasons, key=lambda n: n not in chosen)
+        why = "; ".join(f"{n}: {reasons[n]}" for n in asked_first[:5])
         raise ValueError(
             f"targets: got {targets!r}, which matched no layer that can be adapted; "
             f"layers are {_some(layers)}; {why}{_near(targets, layers)}"
@@ -233,9 +240,10 @@ class _Obstacles:
         for name, module in self.modules.items():
             self.names_of.setdefault(id(module), []).append(name)
         for name, module in model.named_modules():
-            weight = module._parameters.get("weight")
-            if weight is not None:
-                self.owners_of.setdefault(id(weight), []).append(name)
+            for key, parameter in module._parameters.items():
+                if parameter is not None:
+                    owner = name if key == "weight" else f"{name}.{key}".lstrip(".")
+                    self.owners_of.setdefault(id(parameter), []).append(owner)
         self.output_embeddings = output_embeddings(model)
 
     def is_lm_head(self, name: str) -> bool:
@@ -261,8 +269,6 @@ class _Obstacles:
             return f"{type(module).__name__} has a forward of its own: the low-rank branch would not see the same input"
         if "forward" in module.__dict__:
             return "its forward was replaced on the instance (by a hook of another library): unwrap the model first"
-        if _QUANTISED.search(type(module).__module__):
-            return None
         if module._parameters.get("weight") is None:
             return "its weight is computed on the fly (a parametrisation): remove the parametrisation first"
         names = self.names_of[id(module)]
@@ -320,7 +326,8 @@ def _in_attention(model: nn.Module, name: str) -> bool:
 
 def _looks_adaptable(module: nn.Module) -> bool:
     return kind_of(module) is not None or (
-        bool(_QUANTISED.search(type(module).__module__)) and hasattr(module, "in_features")
+        bool(_QUANTISED.search(type(module).__module__))
+        and (hasattr(module, "in_features") or hasattr(module, "in_channels"))
     )
 
 
@@ -337,8 +344,14 @@ def _check_weight(name: str, module: nn.Module) -> None:
         raise TypeError(
             f"layer {name!r}: got meta or uninitialised weights, expected real ones: load the weights first"
         )
-    if _QUANTISED.search(type(weight.data).__module__) or not weight.is_floating_point() or weight.dtype.itemsize < 2:
-        raise TypeError(f"layer {name!r}: got {type(weight.data).__name__} weights of {weight.dtype}, {expected}")
+    home = type(weight).__module__
+    if (
+        not home.startswith("torch.")
+        or _QUANTISED.search(home)
+        or not weight.is_floating_point()
+        or weight.dtype.itemsize < 2
+    ):
+        raise TypeError(f"layer {name!r}: got {type(weight).__name__} weights of {weight.dtype}, {expected}")
 
 
 def _some(names: Iterable[str], limit: int = 12) -> str:

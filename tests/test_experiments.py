@@ -337,7 +337,7 @@ def test_a_two_layer_llama_forgets_answers_and_its_perplexity_is_reported() -> N
         "llama", lambda: seeded(0, lambda: LlamaForCausalLM(config)), "tiny Llama",
         token_data(120, language=True), token_data(60, language=True), ("a", "b", "c"),
         {"epochs": 6, "batch_size": 24, "lr": 5e-3, "seed": 0}, kind="language",
-        write=lambda model: {"p": f"{float(sum(p.abs().sum() for p in model.parameters())):.3f}"},
+        write=lambda model: {"p": f"{sum(float(p.detach().abs().sum()) for p in model.parameters()):.3f}"},
     )  # fmt: skip
     run = scenario_run(experiment, "class:b")
     before = run.baseline("Original")

@@ -3,9 +3,9 @@
 A small real language model that is first taught answers it does not know, so that there is something to
 forget and a yardstick for having forgotten it: questions of the same topics that were never taught
 (D_rt, D_ft). Accuracy is of whole answers, perplexity of the answers' tokens. The pretrained weights are
-de-quantised from four bits once and kept in the cache. The unlearning settings are starting values, not
-the outcome of a comparison: `--validation --scenario class:harrypotter --try lr=…` makes one without
-touching the held-out questions.
+de-quantised from four bits once and kept in the cache. The unlearning settings are
+the second of two tried, by the figures on the questions that were taught (D_r, D_f) alone: two epochs
+with full weight on the forget terms forgot the topic and a third of the others with it.
 
     python -m rfa_fast.experiments.smollm2 --output runs/smollm2
 """
@@ -34,7 +34,7 @@ WRITTEN = 12  # tokens, more than any answer that is taught needs
 
 RECIPE = {"epochs": 6, "batch_size": 16, "lr": 2e-4, "weight_decay": 0.01, "warmup_steps": 5, "schedule": "cosine"}
 
-_RFA = {"lr": 5e-4, "epochs": 2, "batch_size": 16}
+_RFA = {"lr": 1e-3, "epochs": 6, "batch_size": 16, "weights": [1.0, 0.1, 1.0, 0.1]}
 SETTINGS: dict[str, Settings] = {
     "class": {"residual": _RFA, "teacher": _RFA},
     "sample": {"residual": _RFA, "teacher": _RFA},
