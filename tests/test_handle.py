@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections import OrderedDict
-from typing import Any
 
 import pytest
 import torch
@@ -320,31 +319,43 @@ def test_tokens_of_a_causal_model(llama: LlamaForCausalLM, targets: list[str], m
     assert "forward" not in llama.lm_head.__dict__
 
 
+class Mean(nn.Module):
+    """A feature per position, and a class from their mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.inner(x).mean(1))
+
+
 def test_positions_keep_their_own_mean_with_sample_means() -> None:
-    """`feature_mean="sample"` on a sequence: x̃ is T×D; an invalid position is left out of its own mean only."""
+    """Samples that are sequences: x̃ is T×D, and a position takes its own last mean where a batch has none.
 
-    class Mean(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.head(self.inner(x).mean(1))
-
+    Masks come and go between batches. A position for which no retain sample was ever valid has nothing
+    to align with, and is in neither the sum nor the count.
+    """
     torch.manual_seed(0)
     net = Mean().double()
     rfa = rfa_fast.patch(net, ["inner"], rank=2, adapter_dtype=torch.float64)
     scatter(rfa)
     x = torch.randn(4, 5, 3, dtype=torch.float64)
-    valid = torch.ones(4, 5, dtype=torch.bool)
-    valid[0, 3:] = False
-    valid[1, 4] = False
     frozen = F.linear(x, net.inner.weight, net.inner.bias)
     y = net.inner(x).detach()
-    for mask in (valid, None, valid):  # a mask in one batch and none in the next
+    never, later = torch.ones(4, 5, dtype=torch.bool), torch.ones(4, 5, dtype=torch.bool)
+    never[~FORGET, 4] = False  # no retain sample reaches position 4
+    later[0, 3:] = later[1, 4] = False
+    means: dict[int, Tensor] = {}
+    for mask in (never, later, None, never, None):
         use = torch.ones(4, 5, dtype=torch.bool) if mask is None else mask
         kept, gone = use & ~FORGET[:, None], use & FORGET[:, None]
-        mean = torch.stack([frozen[:, t][kept[:, t]].mean(0) for t in range(5)])
-        loss: Any = rfa.loss(x, LABELS % 2, FORGET, valid=mask)
+        means |= {t: frozen[:, t][kept[:, t]].mean(0) for t in range(5) if bool(kept[:, t].any())}
+        off = [(y[:, t] - means[t])[gone[:, t]] for t in means]
+        loss = rfa.loss(x, LABELS % 2, FORGET, valid=mask)
         assert loss.retain_align.item() == pytest.approx((y - frozen)[kept].square().mean().item(), rel=1e-10)
-        assert loss.forget_align.item() == pytest.approx((y - mean)[gone].square().mean().item(), rel=1e-10)
+        assert loss.forget_align.item() == pytest.approx(torch.cat(off).square().mean().item(), rel=1e-10)
+    rfa.loss(x, LABELS % 2, FORGET, valid=never)
+    all_forget = torch.ones(4, dtype=torch.bool)
+    expected = torch.stack([y[:, t] - means[t] for t in range(5)]).square().mean()
+    assert rfa.loss(x, LABELS % 2, all_forget).forget_align.item() == pytest.approx(expected.item(), rel=1e-10)
