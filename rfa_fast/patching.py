@@ -216,7 +216,7 @@ class RFA:
         size, length, mask = batch_of(inputs)
         self._check_enabled()
         check_labels(labels, size, self._device())
-        token_units = self.config.feature_mean == "token" or (self.config.feature_mean == "auto" and length is not None)
+        token_units = self._token_units(length is not None)
         device = self._device()
         batch = make_batch(forget, valid, device=device, size=size, length=length, token_units=token_units)
         if mask is not None:
@@ -255,9 +255,7 @@ class RFA:
         self._check_live()
         self._check_enabled()
         tokens_by_input = getattr(self.model, "main_input_name", None) == "input_ids"
-        token_units = self.config.feature_mean == "token" or (
-            self.config.feature_mean == "auto" and (tokens_by_input or (valid is not None and valid.ndim == 2))
-        )
+        token_units = self._token_units(tokens_by_input or (valid is not None and valid.ndim == 2))
         batch = make_batch(forget, valid, device=self._device(), token_units=token_units)
         hook = None
         if self.config.mode == "teacher":
@@ -431,6 +429,10 @@ class RFA:
             restore(layer)
         self._undo.restore(keep_untied=keep_untied)
         self._live = False
+
+    def _token_units(self, has_tokens: bool) -> bool:
+        """Whether a unit of the losses is a token rather than a sample, as `feature_mean` says."""
+        return self.config.feature_mean == "token" or (self.config.feature_mean == "auto" and has_tokens)
 
     def _device(self) -> torch.device:
         device: torch.device = next(iter(self.layers.values())).weight.device
