@@ -52,7 +52,7 @@ def triton_status(device_type: str) -> tuple[bool, str]:
     found, device = _device(device_type)
     if not found:
         return False, f"{name} is installed, but {device}."
-    if os.environ.get("TRITON_INTERPRET", "").strip().lower() in _TRUE:
+    if interpreting():
         return True, f"{name} interprets its kernels on {device} (TRITON_INTERPRET is set): exact enough to test, slow."
     if device_type == "cpu":
         return False, (
@@ -60,6 +60,16 @@ def triton_status(device_type: str) -> tuple[bool, str]:
             "start Python with TRITON_INTERPRET=1."
         )
     return True, f"{name} compiles for {device}."
+
+
+def interpreting() -> bool:
+    """Whether Triton's interpreter is switched on; it has to be before the first kernel is imported.
+
+    Example:
+        >>> isinstance(interpreting(), bool)
+        True
+    """
+    return os.environ.get("TRITON_INTERPRET", "").strip().lower() in _TRUE
 
 
 def _import_triton() -> tuple[ModuleType | None, str]:

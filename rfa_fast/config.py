@@ -45,7 +45,7 @@ class RFAConfig:
         rows: how a row of a layer's input is told its sample, for all layers or by layer name; see
             :mod:`rfa_fast.groups`.
         shift_labels: whether labels of shape (B, T) are shifted by one (`None`: for causal language models).
-        backend: which implementation the operators take; see :mod:`rfa_fast.ops`.
+        backend: which implementation the operators take; see :mod:`rfa_fast.ops.backends`.
         seed: seeds the adapters' initialisation; `None` draws from torch's global generator.
 
     Example:

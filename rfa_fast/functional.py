@@ -1,7 +1,7 @@
 """The operators an adapted layer is made of: frozen product, low-rank product and alignment loss in one call.
 
 This module checks arguments and documents shapes; which implementation runs is decided in
-:mod:`rfa_fast.ops`. All of them compute the equations of :mod:`rfa_fast.objective`.
+:mod:`rfa_fast.ops.backends`. All of them compute the equations of :mod:`rfa_fast.objective`.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from rfa_fast import ops
 from rfa_fast.config import Backend, Norm
+from rfa_fast.ops import backends
 
 Unit = Literal["row", "sample"]
 
@@ -81,7 +81,7 @@ def rfa_linear(
         norm: `"mse"` sums squares, `"l2"` the norm of each unit.
         unit: `"row"`, or `"sample"`: everything under one index of axis 0.
         emit_residual: also return Δ.
-        backend: see :func:`rfa_fast.ops.select`.
+        backend: see :func:`rfa_fast.ops.backends.select`.
 
     Raises:
         ValueError: shapes that do not fit, or a backend that is not there.
@@ -111,9 +111,9 @@ def rfa_linear(
     _check_target("retain_target", retain_target, (*leading, weight.shape[0]))
     if unit == "sample" and not leading:
         raise ValueError("unit: got 'sample' for a single row, expected x with a batch axis")
-    chosen, _ = ops.select(backend, x)
+    chosen, _ = backends.select(backend, x)
     return RFAOutput(
-        *ops.linear(
+        *backends.linear(
             chosen, x, weight, lora_a, lora_b, bias, scale, group, target, retain_target, norm, unit == "sample",
             emit_residual,
         )
@@ -177,9 +177,9 @@ def rfa_conv2d(
     if group is not None and group.ndim != 1:
         raise ValueError(f"group: got shape {tuple(group.shape)}, expected (B,) = ({x.shape[0]},)")
     _check_group(group, (x.shape[0],), x.device)
-    chosen, _ = ops.select(backend, x)
+    chosen, _ = backends.select(backend, x)
     return RFAOutput(
-        *ops.conv2d(
+        *backends.conv2d(
             chosen, x, weight, lora_a, lora_b, bias, scale, stride, padding, dilation, groups, group, target,
             retain_target, norm, emit_residual,
         )
@@ -217,7 +217,7 @@ def rfa_head_loss(
         target: x̃ `(V,)` of an adapted head; `None`: the mean of its frozen output over the retain rows.
         norm: norm of an adapted head's alignment, a unit is a row.
         chunk_bytes: logits held at one time, in bytes.
-        backend: see :func:`rfa_fast.ops.select`; `"reference"` holds all the logits.
+        backend: see :func:`rfa_fast.ops.backends.select`; `"reference"` holds all the logits.
 
     Raises:
         ValueError: shapes that do not fit, one adapter without the other, a backend that is not there.
@@ -249,9 +249,9 @@ def rfa_head_loss(
     _check_target("target", target, (weight.shape[0],))
     if chunk_bytes < 1:
         raise ValueError(f"chunk_bytes: got {chunk_bytes}, expected >= 1")
-    chosen, _ = ops.select(backend, hidden)
+    chosen, _ = backends.select(backend, hidden)
     return HeadLoss(
-        *ops.head_loss(
+        *backends.head_loss(
             chosen, hidden, weight, labels, group, bias, lora_a, lora_b, scale, softcap, mean_prediction, target,
             norm, chunk_bytes,
         )

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rfa_fast import ops
 from rfa_fast import targets as targets_module
 from rfa_fast.config import RFAConfig
 from rfa_fast.groups import Batch, GroupContext, LayerTerms, batch_of, make_batch
@@ -25,6 +24,7 @@ from rfa_fast.layer_report import Report, describe
 from rfa_fast.modules import RFALayer, adapt, restore
 from rfa_fast.names import canonical_names
 from rfa_fast.objective import RFALoss, accumulation_dtype, combine
+from rfa_fast.ops import backends
 from rfa_fast.ranks import fit_ranks
 from rfa_fast.targets import Plan, Targets
 from rfa_fast.undo import Undo
@@ -77,7 +77,7 @@ def patch(model: nn.Module, targets: Targets = "deep", **options: Any) -> RFA:
     config = RFAConfig(**options)
     plan = targets_module.select(model, targets)
     config = fit_ranks(model, plan, config)
-    ops.select(config.backend, torch.empty(0))
+    backends.select(config.backend, torch.empty(0))
     return RFA(model, plan, config)
 
 
@@ -363,7 +363,7 @@ class RFA:
     def report(self) -> Report:
         """Adapted and skipped layers, with the reason for each; `print` it."""
         self._check_live()
-        backend, why = ops.select(self.config.backend, next(iter(self.layers.values())).weight)
+        backend, why = backends.select(self.config.backend, next(iter(self.layers.values())).weight)
         return describe(self.model, self.plan, self.layers, f"{backend} ({why})")
 
     def save(self, directory: str | Path, *, overwrite: bool = False) -> Path:

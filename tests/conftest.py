@@ -1,11 +1,27 @@
-"""What all tests share: Ctrl-C works, as it does in a terminal."""
+"""What all tests share: Triton's interpreter where there is no GPU to test on, and a Ctrl-C that works."""
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 
 import pytest
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Decide before anything imports Triton, which reads the variable once, whether kernels are interpreted."""
+    if config.option.markexpr != "gpu":
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+        return
+    os.environ.pop("TRITON_INTERPRET", None)
+    from rfa_fast.kernels.availability import triton_status
+
+    usable, why = triton_status("cuda")
+    if not usable:
+        usable, _ = triton_status("xpu")
+    if not usable:
+        pytest.exit(f"pytest -m gpu needs a GPU that Triton compiles for: {why}", returncode=2)
 
 
 @pytest.fixture(autouse=True, scope="session")

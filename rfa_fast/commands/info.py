@@ -80,16 +80,16 @@ def machine_facts() -> dict[str, Any]:
         >>> sorted(machine_facts())
         ['backend', 'data', 'devices', 'methods', 'threads', 'triton', 'versions']
     """
-    from rfa_fast import ops
     from rfa_fast.data import available
     from rfa_fast.kernels.availability import triton_status
     from rfa_fast.methods import METHODS
     from rfa_fast.methods.record import versions
+    from rfa_fast.ops import backends
 
     devices = _devices()
     types = list(dict.fromkeys(device["type"] for device in devices))
     # The backend follows the device; of several devices the last is the one people train on.
-    chosen, why = ops.select("auto", torch.empty(0, device=types[-1]))
+    chosen, why = backends.select("auto", torch.empty(0, device=types[-1]))
     return {
         "versions": versions(),
         "threads": {"torch": torch.get_num_threads(), "cores": os.cpu_count()},

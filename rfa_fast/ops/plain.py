@@ -1,9 +1,8 @@
-"""Which implementation an operator runs on, and the implementations in torch.
+"""The two backends in plain torch, on any device.
 
-Two live here. `"reference"` builds every tensor the equations name (:mod:`rfa_fast.objective`).
+`"reference"` builds every tensor the equations name (:mod:`rfa_fast.objective`).
 `"torch"` never builds Δ for the retain term: with `h = x Aᵀ`, `‖Δ_i‖² = s² h_i (BᵀB) h_iᵀ`, and it
 takes the target before the product, because the frozen branch is linear: `x̃ = W·mean(x_r) + b`.
-A Triton backend and torch.library registrations plug in here and nowhere else.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from rfa_fast.config import Backend, Norm
+from rfa_fast.config import Norm
 from rfa_fast.objective import (
     FORGET,
     IGNORE,
@@ -35,31 +34,6 @@ from rfa_fast.objective import (
 LayerResult = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 HeadResult = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 Pair = int | tuple[int, ...]
-
-
-def select(backend: Backend, x: Tensor) -> tuple[str, str]:
-    """The backend that will run for `x`, and why.
-
-    Args:
-        backend: `"auto"`, or the one to force: `"reference"`, `"torch"`, `"triton"`.
-        x: the layer's input; only its device is looked at.
-
-    Raises:
-        ValueError: `"triton"`, which this version does not have, or an unknown name.
-
-    Example:
-        >>> select("auto", torch.zeros(1))[0]
-        'torch'
-    """
-    if backend == "auto":
-        return "torch", f"automatic choice for a tensor on {x.device.type}"
-    if backend in ("reference", "torch"):
-        return backend, "forced by the backend argument"
-    if backend == "triton":
-        raise ValueError(
-            "backend: got 'triton', expected 'auto', 'torch' or 'reference': this version has no Triton kernels"
-        )
-    raise ValueError(f"backend: got {backend!r}, expected one of 'auto', 'reference', 'torch', 'triton'")
 
 
 def linear(

@@ -1,0 +1,152 @@
+"""Which tile sizes a kernel runs with: tables by capability, a generic entry for any other GPU.
+
+A table names a capability, never a product: a card that is not in it takes the generic entry and works,
+slower. Every entry is a :class:`Config`; the first of a tuple is what runs, the others are what an
+autotuner may choose from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+GENERIC = "generic"
+TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+
+
+@dataclass(frozen=True)
+class Config:
+    """How one launch is cut up.
+
+    Attributes:
+        block_m, block_n, block_k: rows, columns and depth of a tile. A kernel that has no such axis
+            ignores it; each kernel's docstring says what they cut.
+        warps: warps (wavefronts on AMD) per program.
+        stages: software pipelining depth of the inner loop.
+        group_m: row blocks walked before the next column block.
+        route: `"fused"`: one kernel; `"vendor"`: the vendor's product and small kernels around it.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    group_m: int = 8
+    route: str = "fused"
+
+
+def target_of(device: torch.device) -> str:
+    """The name a device's capability has in the tables; `"generic"` for one that is in none.
+
+    Example:
+        >>> target_of(torch.device("cpu"))
+        'generic'
+    """
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return GENERIC
+    if torch.version.hip is not None:
+        name = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    else:
+        major, minor = torch.cuda.get_device_capability(device)
+        name = f"sm_{major}{minor}"
+    return name if name in TARGETS else GENERIC
+
+
+def candidates(kernel: str, target: str) -> tuple[Config, ...]:
+    """The configurations of a kernel on a target, the default one first.
+
+    Args:
+        kernel: a key of the tables, such as `"linear_forward"`.
+        target: one of :data:`TARGETS`, or anything else for the generic entry.
+
+    Raises:
+        ValueError: a kernel that has no table.
+
+    Example:
+        >>> candidates("linear_forward", "sm_75") == candidates("linear_forward", "generic")
+        True
+    """
+    if kernel not in TABLES:
+        raise ValueError(f"kernel: got {kernel!r}, expected one of {', '.join(map(repr, TABLES))}")
+    table = TABLES[kernel]
+    return table.get(target, table[GENERIC])
+
+
+def choose(kernel: str, device: torch.device, dtype: torch.dtype) -> Config:
+    """The configuration a kernel runs with on a device; 4-byte operands get half the depth.
+
+    Example:
+        >>> choose("linear_forward", torch.device("cpu"), torch.float32).block_k
+        16
+    """
+    config = candidates(kernel, target_of(device))[0]
+    return replace(config, block_k=config.block_k // 2) if dtype.itemsize == 4 and config.block_k > 16 else config
+
+
+# Small enough for 64 KiB of shared memory and 16-bit or 32-bit operands.
+_SMALL = Config(64, 64, 32, warps=4, stages=2)
+
+TABLES: dict[str, dict[str, tuple[Config, ...]]] = {
+    "linear_forward": {
+        GENERIC: (_SMALL,),
+        "sm_80": (Config(128, 128, 32, warps=8, stages=3), Config(64, 128, 32, warps=4, stages=4)),
+        "sm_90": (Config(128, 128, 64, warps=8, stages=3), Config(128, 256, 64, warps=8, stages=3)),
+        "sm_100": (Config(128, 128, 64, warps=8, stages=3), Config(128, 256, 64, warps=8, stages=3)),
+        "sm_120": (Config(128, 128, 32, warps=8, stages=3), Config(64, 128, 32, warps=4, stages=3)),
+        "gfx942": (Config(128, 128, 64, warps=8, stages=2), Config(64, 128, 64, warps=4, stages=2)),
+    },
+    "linear_input_gradient": {
+        GENERIC: (_SMALL,),
+        "sm_80": (Config(128, 128, 32, warps=8, stages=3), Config(64, 128, 32, warps=4, stages=4)),
+        "sm_90": (Config(128, 128, 64, warps=8, stages=3), Config(128, 256, 64, warps=8, stages=3)),
+        "sm_100": (Config(128, 128, 64, warps=8, stages=3), Config(128, 256, 64, warps=8, stages=3)),
+        "sm_120": (Config(128, 128, 32, warps=8, stages=3), Config(64, 128, 32, warps=4, stages=3)),
+        "gfx942": (Config(128, 128, 64, warps=8, stages=2), Config(64, 128, 64, warps=4, stages=2)),
+    },
+    "linear_gradient": {GENERIC: (Config(64, 128, 0, warps=4, stages=2),)},
+    "lora_down": {GENERIC: (Config(32, 0, 128, warps=4, stages=3),)},
+    "lora_a_gradient": {GENERIC: (Config(64, 0, 128, warps=4, stages=2),)},
+    "feature_mean": {GENERIC: (Config(0, 128, 0, warps=4, stages=1),)},
+    "row_error": {GENERIC: (Config(8, 512, 0, warps=4, stages=1),)},
+    # A row's logits go by once: a program per row, as many bytes in flight as its registers hold.
+    "softmax_stats": {
+        GENERIC: (Config(1, 2048, 0, warps=4, stages=1),),
+        "sm_80": (Config(1, 4096, 0, warps=8, stages=1),),
+        "sm_90": (Config(1, 8192, 0, warps=8, stages=1),),
+        "sm_100": (Config(1, 8192, 0, warps=8, stages=1),),
+        "sm_120": (Config(1, 4096, 0, warps=8, stages=1),),
+        "gfx942": (Config(1, 4096, 0, warps=8, stages=1),),
+    },
+    # 64 rows per program: partial column sums cost a thirty-second of what the 16-bit logits do.
+    "softmax_gradient": {
+        GENERIC: (Config(64, 256, 4, warps=4, stages=1),),
+        "sm_80": (Config(64, 256, 4, warps=4, stages=1),),
+        "sm_90": (Config(64, 256, 4, warps=4, stages=1),),
+        "sm_100": (Config(64, 256, 4, warps=4, stages=1),),
+        "sm_120": (Config(64, 256, 4, warps=4, stages=1),),
+        "gfx942": (Config(64, 512, 8, warps=8, stages=1),),
+    },
+    "conv2d_forward": {
+        GENERIC: (_SMALL,),
+        "sm_80": (Config(128, 128, 32, warps=8, stages=3), Config(128, 64, 32, warps=4, stages=4)),
+        "sm_90": (Config(128, 128, 64, warps=8, stages=3), Config(128, 64, 64, warps=4, stages=3)),
+        "sm_100": (Config(128, 128, 64, warps=8, stages=3), Config(128, 64, 64, warps=4, stages=3)),
+        "sm_120": (Config(128, 128, 32, warps=8, stages=3), Config(128, 64, 32, warps=4, stages=3)),
+        "gfx942": (Config(128, 128, 64, warps=8, stages=2), Config(64, 128, 64, warps=4, stages=2)),
+    },
+    "conv2d_input_gradient": {
+        GENERIC: (_SMALL,),
+        "sm_80": (Config(128, 128, 32, warps=8, stages=3), Config(128, 64, 32, warps=4, stages=4)),
+        "sm_90": (Config(128, 128, 64, warps=8, stages=3), Config(128, 64, 64, warps=4, stages=3)),
+        "sm_100": (Config(128, 128, 64, warps=8, stages=3), Config(128, 64, 64, warps=4, stages=3)),
+        "sm_120": (Config(128, 128, 32, warps=8, stages=3), Config(128, 64, 32, warps=4, stages=3)),
+        "gfx942": (Config(128, 128, 64, warps=8, stages=2), Config(64, 128, 64, warps=4, stages=2)),
+    },
+    # 16 places × 64 channels, 8 samples to a program; 4 chunks of the samples where statistics are taken.
+    "conv2d_epilogue": {GENERIC: (Config(16, 64, 8, warps=4, stages=1, group_m=4),)},
+    "conv2d_gradient": {GENERIC: (Config(32, 128, 0, warps=4, stages=2),)},
+    "conv2d_lora_a_gradient": {GENERIC: (Config(64, 0, 128, warps=4, stages=2),)},
+    "conv2d_sample_mean": {GENERIC: (Config(16, 64, 0, warps=4, stages=1),)},
+}

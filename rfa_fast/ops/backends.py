@@ -1,0 +1,97 @@
+"""Which implementation an operator runs on: the one place where that is decided.
+
+* `"reference"`: every tensor the equations name, built in full (:mod:`rfa_fast.objective`);
+* `"torch"`: the same numbers without building Δ, in plain torch, on any device;
+* `"triton"`: fused kernels, registered with torch.library under `torch.ops.rfa_fast`.
+
+The registered operators are imported when the first of them is chosen: the package imports, and works,
+where Triton was never installed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rfa_fast.config import Backend
+from rfa_fast.ops import plain
+
+FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def select(backend: Backend, x: Tensor) -> tuple[str, str]:
+    """The backend that will run for `x`, and why.
+
+    Args:
+        backend: `"auto"`, or the one to force: `"reference"`, `"torch"`, `"triton"`. The automatic choice
+            is Triton for a CUDA, ROCm or XPU tensor it has kernels for, torch for every other.
+        x: the layer's input; only its device and dtype are looked at.
+
+    Raises:
+        ValueError: `"triton"` where it cannot run, or an unknown name.
+        TypeError: `"triton"` for a dtype it has no kernels for.
+
+    Example:
+        >>> select("auto", torch.zeros(1))[0]
+        'torch'
+    """
+    if backend in ("reference", "torch"):
+        return backend, "forced by the backend argument"
+    if backend not in ("auto", "triton"):
+        raise ValueError(f"backend: got {backend!r}, expected one of 'auto', 'reference', 'torch', 'triton'")
+    kind = x.device.type
+    if backend == "auto" and kind not in ("cuda", "xpu"):
+        return "torch", f"automatic choice for a tensor on {kind}"
+    from rfa_fast.kernels.availability import triton_status
+
+    usable, why = triton_status(kind)
+    typed = x.dtype in FUSED_DTYPES
+    if backend == "auto":
+        if usable and typed:
+            return "triton", f"automatic choice for a tensor on {kind}: {why}"
+        return "torch", f"automatic choice for a tensor on {kind}: " + (
+            why if not usable else f"there are no Triton kernels for {x.dtype}."
+        )
+    if not usable:
+        raise ValueError(
+            f"backend: got 'triton' for a tensor on {kind}, expected a usable Triton: {why} "
+            "Or take backend='torch', or 'auto'."
+        )
+    if not typed:
+        names = ", ".join(str(dtype) for dtype in FUSED_DTYPES)
+        raise TypeError(f"x: got {x.dtype}, expected one of {names} for backend='triton'")
+    return "triton", f"forced by the backend argument: {why}"
+
+
+def linear(backend: str, x: Tensor, *arguments: Any) -> plain.LayerResult:
+    """The layer of :func:`rfa_fast.functional.rfa_linear`; arguments as :func:`rfa_fast.ops.plain.linear`'s."""
+    if backend != "triton" or x.numel() == 0:
+        return plain.linear(_in_torch(backend), x, *arguments)
+    from rfa_fast.ops.linear import linear as fused
+
+    return fused(x, *arguments)
+
+
+def conv2d(backend: str, x: Tensor, *arguments: Any) -> plain.LayerResult:
+    """The layer of :func:`rfa_fast.functional.rfa_conv2d`; arguments as :func:`rfa_fast.ops.plain.conv2d`'s."""
+    if backend != "triton" or x.numel() == 0:
+        return plain.conv2d(_in_torch(backend), x, *arguments)
+    from rfa_fast.ops.conv2d import conv2d as fused
+
+    return fused(x, *arguments)
+
+
+def head_loss(backend: str, hidden: Tensor, *arguments: Any) -> plain.HeadResult:
+    """The loss of :func:`rfa_fast.functional.rfa_head_loss`; arguments as :func:`rfa_fast.ops.plain.head_loss`'s."""
+    if backend != "triton" or hidden.numel() == 0:
+        return plain.head_loss(_in_torch(backend), hidden, *arguments)
+    from rfa_fast.ops.head import head_loss as fused
+
+    return fused(hidden, *arguments)
+
+
+def _in_torch(backend: str) -> str:
+    """A batch without rows has nothing to launch; torch gives its empty result and its zero gradients."""
+    return "torch" if backend == "triton" else backend

@@ -1,0 +1,77 @@
+"""How an operator is told to torch.library: one call, so that every operator is told the same things.
+
+An operator `rfa_fast::name` has
+
+* for GPUs its Triton launchers, through `triton_op`, so that torch.compile sees the kernels inside;
+* for CPU tensors a host implementation: the same launchers where Triton's interpreter is switched on, the
+  same mathematics in torch where it is not. It stays opaque to torch.compile (`rfa_fast::name_host`):
+  inductor has no GPU code to generate there;
+* a fake implementation, which only knows shapes and dtypes;
+* a derivative, given by the operator that follows it.
+
+torch replaces an operator that is registered twice without a word, so this module refuses to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from rfa_fast.kernels.availability import interpreting
+
+NAMESPACE = "rfa_fast"
+Implementation = Callable[..., Any]
+
+
+def register(
+    name: str,
+    schema: str,
+    *,
+    launchers: Implementation,
+    host: Implementation,
+    fake: Implementation,
+    opaque: bool = False,
+) -> Any:
+    """Register `rfa_fast::name` and return it, ready for `register_autograd`.
+
+    Args:
+        name: the operator's name, without the namespace.
+        schema: `"(Tensor x, …) -> (Tensor, …)"`; nothing is mutated and nothing aliases.
+        launchers: the implementation on Triton kernels; makes tensors and launches, nothing else.
+        host: the same in torch, for CPU tensors without the interpreter.
+        fake: shapes and dtypes of the results.
+        opaque: do not let torch.compile see inside, for an operator that loops over chunks or compacts
+            rows: what it does depends on values, or would be unrolled.
+
+    Raises:
+        ValueError: a name that is taken.
+    """
+    if hasattr(getattr(torch.ops, NAMESPACE), name):
+        raise ValueError(f"name: got {name!r}, expected one that is not registered under {NAMESPACE!r} yet")
+
+    def on_host(*args: Any) -> Any:
+        return launchers(*args) if interpreting() else host(*args)
+
+    operator: Any
+    if opaque:
+
+        def anywhere(*args: Any) -> Any:
+            return on_host(*args) if _on_cpu(args) else launchers(*args)
+
+        operator = torch.library.custom_op(f"{NAMESPACE}::{name}", anywhere, mutates_args=(), schema=schema)
+    else:
+        inner = torch.library.custom_op(f"{NAMESPACE}::{name}_host", on_host, mutates_args=(), schema=schema)
+        inner.register_fake(fake)
+
+        def traced(*args: Any) -> Any:
+            return inner(*args) if _on_cpu(args) else launchers(*args)
+
+        operator = torch.library.triton_op(f"{NAMESPACE}::{name}", traced, mutates_args=(), schema=schema)
+    operator.register_fake(fake)
+    return operator
+
+
+def _on_cpu(args: tuple[Any, ...]) -> bool:
+    return next(a for a in args if isinstance(a, torch.Tensor)).device.type == "cpu"
