@@ -70,24 +70,30 @@ def _forward_launchers(
 ) -> Linear:  # fmt: skip
     from rfa_fast.kernels import feature_mean as means
     from rfa_fast.kernels import linear_forward as forward
+    from rfa_fast.kernels.autotune import tuned
     from rfa_fast.kernels.common import MAX_BLOCK_R
     from rfa_fast.kernels.lora_down import lora_down
     from rfa_fast.kernels.row_error import row_error
     from rfa_fast.kernels.tuning import choose
 
     m, rank = x.shape[0], lora_a.shape[0]
-    config = choose("linear_forward", x.device, x.dtype)
-    single = (config.route == "single" or (isinstance(m, int) and m <= SMALL)) and rank <= MAX_BLOCK_R
-    hidden = None if single else lora_down(x, lora_a, config=choose("lora_down", x.device, x.dtype))
     goal = None if target is None else forward.Rows(target, target_div, target_mod)
     held = None if kept is None else forward.Rows(kept, kept_div, kept_mod)
     columns = forward.NO_COLUMNS
     if group is not None and goal is None:
         columns = forward.MEAN if l2 else forward.MEAN_AND_SPREAD
-    out = forward.linear_forward(
-        x, weight, bias, lora_a, lora_b, hidden, scale=scale, group=group, goal=goal, kept=held, columns=columns,
-        emit_delta=emit_residual, config=config,
-    )  # fmt: skip
+
+    def product(config: Any) -> Any:
+        small = config.route == "fused" and isinstance(m, int) and m <= SMALL
+        single = (config.route == "single" or small) and rank <= MAX_BLOCK_R
+        hidden = None if single else lora_down(x, lora_a, config=choose("lora_down", x.device, x.dtype))
+        return forward.linear_forward(
+            x, weight, bias, lora_a, lora_b, hidden, scale=scale, group=group, goal=goal, kept=held, columns=columns,
+            emit_delta=emit_residual, config=config,
+        )  # fmt: skip
+
+    sizes = {"N": weight.shape[0], "K": weight.shape[1], "R": rank}
+    out = product(tuned("linear_forward", x, sizes, product))
     none = torch.empty(0, dtype=torch.float32, device=x.device)
     residual = x.new_empty(0) if out.delta is None else out.delta
     if group is None:
@@ -212,6 +218,7 @@ def _backward_launchers(
     unit_rows: int, needs_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     from rfa_fast.kernels import linear_input_gradient as products
+    from rfa_fast.kernels.autotune import tuned
     from rfa_fast.kernels.linear_forward import Rows
     from rfa_fast.kernels.linear_gradient import linear_gradient
     from rfa_fast.kernels.lora_a_gradient import lora_a_gradient
@@ -220,20 +227,22 @@ def _backward_launchers(
     w = _weights(
         group, retain_grad, forget_grad, known, target_given, retain_norms, forget_norms, l2, unit_rows
     )  # fmt: skip
-    config = choose("linear_input_gradient", x.device, x.dtype)
     teaches = kept is not None and w.retain is not None
-    # A product that takes its rows from two places needs them laid out alike; the vendor's takes one matrix.
-    whole = config.route == "vendor" or grad.stride(1) != 1
-    split = linear_gradient(
-        grad, output, hidden, lora_b, scale=scale, group=group,
-        goal=None if w.forget is None or goal is None else Rows(goal, goal_div, goal_mod), forget_weight=w.forget,
-        kept=Rows(kept, kept_div, kept_mod) if teaches and kept is not None else None,
-        retain_weight=w.retain if teaches else None, whole=whole,
-        config=choose("linear_gradient", x.device, x.dtype),
-    )  # fmt: skip
-    up, grad_b = split.up, split.lora_b
-    up, grad_b = _thin_terms(up, grad_b, residual_grad, hidden, lora_b, None if kept is not None else w.retain, scale)
-    if needs_x:
+
+    def product(config: Any) -> tuple[Tensor, Tensor, Tensor]:
+        # A product that takes its rows from two places needs them laid out alike; the vendor's takes one matrix.
+        whole = config.route == "vendor" or grad.stride(1) != 1
+        split = linear_gradient(
+            grad, output, hidden, lora_b, scale=scale, group=group,
+            goal=None if w.forget is None or goal is None else Rows(goal, goal_div, goal_mod),
+            forget_weight=w.forget, kept=Rows(kept, kept_div, kept_mod) if teaches and kept is not None else None,
+            retain_weight=w.retain if teaches else None, whole=whole,
+            config=choose("linear_gradient", x.device, x.dtype),
+        )  # fmt: skip
+        retain = None if kept is not None else w.retain
+        up, grad_b = _thin_terms(split.up, split.lora_b, residual_grad, hidden, lora_b, retain, scale)
+        if not needs_x:
+            return x.new_empty(0), up, grad_b
         select, source = products.NONE, grad
         if split.changed is not None and whole:
             source = split.changed
@@ -242,8 +251,15 @@ def _backward_launchers(
         grad_x = products.linear_input_gradient(
             source, split.changed, group, weight, up, lora_a, select=select, config=config
         )
-    else:
-        grad_x = x.new_empty(0)
+        return grad_x, up, grad_b
+
+    sizes = {"N": weight.shape[0], "K": weight.shape[1], "R": lora_a.shape[0]}
+    config = (
+        tuned("linear_input_gradient", x, sizes, product)
+        if needs_x
+        else choose("linear_input_gradient", x.device, x.dtype)
+    )
+    grad_x, up, grad_b = product(config)
     grad_a = lora_a_gradient(up, x, config=choose("lora_a_gradient", x.device, x.dtype))
     return grad_x, grad_a.to(lora_a.dtype), grad_b.to(lora_b.dtype)
 

@@ -1,0 +1,142 @@
+"""The choice of a configuration: tables, measurements, and what is kept of them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from kernel_cases import launches
+from rfa_fast.kernels import autotune, tuning
+from rfa_fast.kernels.tuning import GENERIC, TABLES, TARGETS, Config, candidates, choose
+
+from rfa_fast.functional import rfa_linear
+
+SIZES = {"N": 64, "K": 32, "R": 8}
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch, tmp_path):
+    monkeypatch.setenv("RFA_FAST_CACHE", str(tmp_path))
+    monkeypatch.setenv("RFA_FAST_AUTOTUNE", "1")
+    monkeypatch.setattr(autotune, "_known", {})
+    return tmp_path / "tuning.json"
+
+
+def scripted(fastest):
+    """A timer for which one route is fast, and the record of what it timed."""
+    timed = []
+
+    def timer(call):
+        config = call()
+        timed.append(config)
+        return 1.0 if config.route == fastest else 2.0
+
+    return timer, timed
+
+
+def test_the_fastest_of_all_routes_wins_and_is_measured_once(fresh):
+    timer, timed = scripted("vendor")
+    x = torch.zeros(3, 32)
+    first = autotune.tuned("linear_forward", x, SIZES, lambda config: config, timer=timer)
+    assert first.route == "vendor"
+    assert {config.route for config in timed} == {"fused", "vendor", "single"}
+    again = autotune.tuned("linear_forward", torch.zeros(99, 32), SIZES, lambda config: config, timer=timer)
+    assert again == first  # whatever the number of rows
+    assert len(timed) == 3
+    (key,) = json.loads(fresh.read_text())
+    assert key.endswith("/linear_forward/float32/N=64/K=32/R=8")
+
+
+def test_results_outlive_the_process_and_other_results_are_kept(fresh, monkeypatch):
+    timer, timed = scripted("single")
+    x = torch.zeros(3, 32)
+    autotune.tuned("linear_forward", x, SIZES, lambda config: config, timer=timer)
+    monkeypatch.setattr(autotune, "_known", {})
+    autotune.tuned("linear_input_gradient", x, SIZES, lambda config: config, timer=timer)
+    monkeypatch.setattr(autotune, "_known", {})
+    measured = len(timed)
+    assert autotune.tuned("linear_forward", x, SIZES, lambda config: config, timer=timer).route == "single"
+    assert len(timed) == measured
+    assert len(json.loads(fresh.read_text())) == 2
+
+
+def test_off_on_a_cpu_and_in_a_trace_the_table_is_taken(monkeypatch):
+    timer, timed = scripted("vendor")
+    default = choose("linear_forward", torch.device("cpu"), torch.float32)
+    assert autotune.tuned("linear_forward", torch.zeros(1), SIZES, lambda config: config) == default
+    fake = torch._subclasses.FakeTensorMode().from_tensor(torch.zeros(1))
+    assert autotune.tuned("linear_forward", fake, SIZES, lambda config: config, timer=timer) == default
+    monkeypatch.delenv("RFA_FAST_AUTOTUNE")
+    assert autotune.tuned("linear_forward", torch.zeros(1), SIZES, lambda config: config, timer=timer) == default
+    assert timed == []
+
+
+def test_a_configuration_that_does_not_fit_is_left_out_and_none_at_all_is_an_error():
+    from triton.runtime.errors import OutOfResources
+
+    def refuse(config):
+        if config.route != "vendor":
+            raise OutOfResources(200_000, 100_000, "shared memory")
+        return config
+
+    timer, _ = scripted("fused")
+    x = torch.zeros(1)
+    assert autotune.tuned("linear_forward", x, SIZES, refuse, timer=timer).route == "vendor"
+
+    def refuse_all(config):
+        raise OutOfResources(200_000, 100_000, "shared memory")
+
+    with pytest.raises(RuntimeError, match="no configuration runs on this device: .*shared memory"):
+        autotune.tuned("linear_forward", x, {"N": 1}, refuse_all, timer=timer)
+
+
+def test_a_broken_file_is_named_and_measured_again(fresh):
+    fresh.write_text('{"a": [1, 2')
+    timer, _ = scripted("vendor")
+    with pytest.warns(UserWarning, match=r"tuning.json: cannot be read .*measured again"):
+        assert autotune.tuned("linear_forward", torch.zeros(1), SIZES, lambda c: c, timer=timer).route == "vendor"
+    assert len(json.loads(fresh.read_text())) == 1
+
+
+def test_a_folder_that_cannot_be_written_loses_nothing_in_this_process(fresh, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("RFA_FAST_CACHE", str(tmp_path / "file"))
+    timer, timed = scripted("vendor")
+    with pytest.warns(UserWarning, match="cannot be written .*holds for this process"):
+        autotune.tuned("linear_forward", torch.zeros(1), SIZES, lambda config: config, timer=timer)
+    measured = len(timed)
+    assert autotune.tuned("linear_forward", torch.zeros(1), SIZES, lambda c: c, timer=timer).route == "vendor"
+    assert len(timed) == measured
+
+
+@pytest.mark.parametrize("route", ["vendor", "single"])
+def test_every_route_gives_the_same_layer(monkeypatch, route):
+    tensors = {"x": torch.randn(70, 20), "weight": torch.randn(33, 20), "bias": torch.randn(33)}
+    group = torch.randint(-1, 2, (70,), dtype=torch.int8)
+    results = []
+    for table in (TABLES["linear_forward"], {GENERIC: (Config(16, 16, 16, warps=4, stages=2, route=route),)}):
+        monkeypatch.setitem(tuning.TABLES, "linear_forward", table)
+        monkeypatch.setitem(tuning.TABLES, "linear_input_gradient", table)
+        leaves = [
+            torch.randn(s, generator=torch.Generator().manual_seed(1)).requires_grad_() for s in ((5, 20), (33, 5))
+        ]
+        x = tensors["x"].clone().requires_grad_()
+        with launches() as seen:
+            out = rfa_linear(
+                **tensors | {"x": x}, lora_a=leaves[0], lora_b=leaves[1], scale=0.5, group=group, backend="triton"
+            )
+            total = out.output.square().sum() + out.retain_loss + out.forget_loss
+            results.append([out.output, total, *torch.autograd.grad(total, [x, *leaves])])
+    assert ("lora_down_kernel" in seen) == (route == "vendor")
+    for one, other in zip(*results, strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-3)
+
+
+def test_every_table_has_a_generic_entry_and_knows_its_targets():
+    for kernel, table in TABLES.items():
+        assert GENERIC in table, kernel
+        assert set(table) <= {GENERIC, *TARGETS}, kernel
+        assert candidates(kernel, "sm_75") == table[GENERIC]
+    with pytest.raises(ValueError, match="kernel: got 'linear', expected one of 'linear_forward'"):
+        candidates("linear", GENERIC)
