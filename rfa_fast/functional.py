@@ -95,22 +95,7 @@ def rfa_linear(
         >>> out.retain_loss  # two rows of three ones
         tensor(6.)
     """
-    _check_operands(x, weight, lora_a, lora_b, bias, 2)
-    _check_choice("norm", norm, ("mse", "l2"))
-    _check_choice("unit", unit, ("row", "sample"))
-    if x.ndim < 1 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"x: got shape {tuple(x.shape)}, expected (..., {weight.shape[1]}) to fit weight (N, K)")
-    if tuple(lora_a.shape[1:]) != (weight.shape[1],) or tuple(lora_b.shape) != (weight.shape[0], lora_a.shape[0]):
-        raise ValueError(
-            f"lora_a, lora_b: got {tuple(lora_a.shape)} and {tuple(lora_b.shape)}, expected (R, {weight.shape[1]}) "
-            f"and ({weight.shape[0]}, R)"
-        )
-    leading = tuple(x.shape[:-1])
-    _check_group(group, leading, x.device)
-    _check_target("target", target, (*leading, weight.shape[0]))
-    _check_target("retain_target", retain_target, (*leading, weight.shape[0]))
-    if unit == "sample" and not leading:
-        raise ValueError("unit: got 'sample' for a single row, expected x with a batch axis")
+    _check_linear(x, weight, lora_a, lora_b, bias, group, target, retain_target, norm, unit)
     chosen, _ = backends.select(backend, x)
     return RFAOutput(
         *backends.linear(
@@ -118,6 +103,55 @@ def rfa_linear(
             emit_residual,
         )
     )  # fmt: skip
+
+
+def rfa_linear_and_mean(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scale: float,
+    group: Tensor,
+    fallback: Tensor | None,
+    fallback_known: Tensor | None,
+    norm: Norm = "mse",
+    unit: Unit = "row",
+    backend: Backend = "auto",
+) -> tuple[RFAOutput, Tensor] | None:
+    """:func:`rfa_linear` for a layer that remembers x̃: in one pass, where the backend can.
+
+    Args:
+        fallback: `(N,)`, x̃ of an earlier batch, in case this one has no retain row; or `None`.
+        fallback_known: 0-dim bool, whether the fallback is one; goes with it.
+        x, weight, lora_a, lora_b, bias, scale, group, norm, unit, backend: as :func:`rfa_linear`.
+
+    Returns:
+        The layer's results, and the x̃ they are about, fp32 `(N,)`; `None` with a backend that takes
+        the target beforehand, for which the caller computes it.
+
+    Raises:
+        ValueError: shapes that do not fit, or a backend that is not there.
+        TypeError: a dtype that is not supported.
+
+    Example:
+        >>> x, group = torch.eye(3), torch.tensor([0, 0, 1], dtype=torch.int8)
+        >>> args = torch.eye(3), torch.ones(1, 3), torch.ones(3, 1)
+        >>> rfa_linear_and_mean(
+        ...     x, *args, scale=1.0, group=group, fallback=None, fallback_known=None, backend="torch"
+        ... ) is None
+        True
+    """
+    chosen, _ = backends.select(backend, x)
+    if chosen != "triton" or x.numel() == 0:
+        return None
+    _check_linear(x, weight, lora_a, lora_b, bias, group, fallback, None, norm, unit)
+    *results, mean = backends.linear_and_mean(
+        x, weight, lora_a, lora_b, bias, scale, group, None, None, norm, unit == "sample", False, fallback,
+        fallback_known,
+    )  # fmt: skip
+    return RFAOutput(*results), mean
 
 
 def rfa_conv2d(
@@ -256,6 +290,28 @@ def rfa_head_loss(
             norm, chunk_bytes,
         )
     )  # fmt: skip
+
+
+def _check_linear(
+    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None, group: Tensor | None,
+    target: Tensor | None, retain_target: Tensor | None, norm: str, unit: str,
+) -> None:  # fmt: skip
+    _check_operands(x, weight, lora_a, lora_b, bias, 2)
+    _check_choice("norm", norm, ("mse", "l2"))
+    _check_choice("unit", unit, ("row", "sample"))
+    if x.ndim < 1 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, expected (..., {weight.shape[1]}) to fit weight (N, K)")
+    if tuple(lora_a.shape[1:]) != (weight.shape[1],) or tuple(lora_b.shape) != (weight.shape[0], lora_a.shape[0]):
+        raise ValueError(
+            f"lora_a, lora_b: got {tuple(lora_a.shape)} and {tuple(lora_b.shape)}, expected (R, {weight.shape[1]}) "
+            f"and ({weight.shape[0]}, R)"
+        )
+    leading = tuple(x.shape[:-1])
+    _check_group(group, leading, x.device)
+    _check_target("target", target, (*leading, weight.shape[0]))
+    _check_target("retain_target", retain_target, (*leading, weight.shape[0]))
+    if unit == "sample" and not leading:
+        raise ValueError("unit: got 'sample' for a single row, expected x with a batch axis")
 
 
 def _check_float(**tensors: Tensor | None) -> None:

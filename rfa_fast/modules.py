@@ -91,11 +91,17 @@ class RFALayer(nn.Module):
         frozen_feature = context.teacher.get(name) if config.mode == "teacher" else None
         if frozen_feature is not None:
             frozen_feature = self._batch_first(frozen_feature, layout.view, size)
-        target, known = self._target(batch_first, frozen_feature, codes, batch.token_units)
-        if known.ndim and codes.ndim == 1:
-            codes = codes[:, None].expand(-1, known.shape[0])
-        aimed = torch.where(known | (codes == RETAIN), codes, IGNORE)
-        out = self._operate(batch_first, aimed, target, frozen_feature, per_sample=per_sample)
+        inside = batch.token_units and frozen_feature is None
+        found = self._with_own_mean(batch_first, codes, per_sample) if inside else None
+        if found is not None:
+            out, known = found
+            aimed = torch.where(known | (codes == RETAIN), codes, IGNORE)
+        else:
+            target, known = self._target(batch_first, frozen_feature, codes, batch.token_units)
+            if known.ndim and codes.ndim == 1:
+                codes = codes[:, None].expand(-1, known.shape[0])
+            aimed = torch.where(known | (codes == RETAIN), codes, IGNORE)
+            out = self._operate(batch_first, aimed, target, frozen_feature, per_sample=per_sample)
         if out.retain_loss is None or out.forget_loss is None:
             raise ValueError(f"layer {name!r}: the operator returned no loss for its group")
         feature = out.output.shape
@@ -254,6 +260,23 @@ class RFALayer(nn.Module):
             x, self._rows_weight(), self.lora_a, self.lora_b, self.bias, scale=self.scale, group=group, target=target,
             retain_target=teacher, norm=config.norm, unit="sample" if per_sample else "row", backend=config.backend,
         )  # fmt: skip
+
+    def _with_own_mean(self, x: Tensor, codes: Tensor, per_sample: bool) -> tuple[functional.RFAOutput, Tensor] | None:
+        if self._is_convolution() or self.adapter != "lora":
+            return None
+        config, stored, known = self.rfa_context.config, self.feature_mean, self.feature_mean_known
+        remembered = stored is not None and known is not None and stored.shape == self._rows_weight().shape[:1]
+        found = functional.rfa_linear_and_mean(
+            x, self._rows_weight(), self.lora_a, self.lora_b, self.bias, scale=self.scale, group=codes,
+            fallback=stored if remembered else None, fallback_known=known if remembered else None, norm=config.norm,
+            unit="sample" if per_sample else "row", backend=config.backend,
+        )  # fmt: skip
+        if found is None:
+            return None
+        usable = (codes == RETAIN).any()
+        usable = usable | known.reshape(()) if remembered and known is not None else usable
+        self.rfa_context.means[self.rfa_name] = (found[1], usable)
+        return found[0], usable
 
     def _batch_first(self, x: Tensor, view: str, size: int) -> Tensor:
         if view == "sequence_first":

@@ -10,6 +10,8 @@ where Triton was never installed.
 
 from __future__ import annotations
 
+import os
+from functools import cache
 from typing import Any
 
 import torch
@@ -44,9 +46,7 @@ def select(backend: Backend, x: Tensor) -> tuple[str, str]:
     kind = x.device.type
     if backend == "auto" and kind not in ("cuda", "xpu"):
         return "torch", f"automatic choice for a tensor on {kind}"
-    from rfa_fast.kernels.availability import triton_status
-
-    usable, why = triton_status(kind)
+    usable, why = _usable(kind), _why(kind)
     typed = x.dtype in FUSED_DTYPES
     if backend == "auto":
         if usable and typed:
@@ -65,11 +65,38 @@ def select(backend: Backend, x: Tensor) -> tuple[str, str]:
     return "triton", f"forced by the backend argument: {why}"
 
 
+@cache
+def _status(kind: str, interpreted: str | None) -> tuple[bool, str]:
+    """Asked once per device type: a driver query is not for every layer of every step."""
+    from rfa_fast.kernels.availability import triton_status
+
+    status: tuple[bool, str] = triton_status(kind)
+    return status
+
+
+# Constants to torch.compile, which could not trace the queries behind them.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _usable(kind: str) -> bool:
+    return _status(kind, os.environ.get("TRITON_INTERPRET"))[0]
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _why(kind: str) -> str:
+    return _status(kind, os.environ.get("TRITON_INTERPRET"))[1]
+
+
 def linear(backend: str, x: Tensor, *arguments: Any) -> plain.LayerResult:
     """The layer of :func:`rfa_fast.functional.rfa_linear`; arguments as :func:`rfa_fast.ops.plain.linear`'s."""
     if backend != "triton" or x.numel() == 0:
         return plain.linear(_in_torch(backend), x, *arguments)
     from rfa_fast.ops.linear import linear as fused
+
+    return fused(x, *arguments)
+
+
+def linear_and_mean(x: Tensor, *arguments: Any) -> tuple[Any, ...]:
+    """The fused layer with the x̃ it computed; arguments as :func:`rfa_fast.ops.linear.linear_and_mean`'s."""
+    from rfa_fast.ops.linear import linear_and_mean as fused
 
     return fused(x, *arguments)
 

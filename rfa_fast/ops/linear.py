@@ -355,7 +355,7 @@ def _backward(ctx: Any, grad: Tensor | None, residual: Tensor | None, *rest: Ten
 _FORWARD.register_autograd(_backward, setup_context=_setup_context)
 
 
-def linear(
+def linear_and_mean(
     x: Tensor,
     weight: Tensor,
     lora_a: Tensor,
@@ -368,8 +368,18 @@ def linear(
     norm: Norm,
     per_sample: bool,
     emit_residual: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """The layer of :func:`rfa_fast.functional.rfa_linear` on fused kernels; arguments are taken as checked."""
+    fallback: Tensor | None = None,
+    fallback_known: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """The layer of :func:`rfa_fast.functional.rfa_linear` on fused kernels; arguments are taken as checked.
+
+    Args:
+        fallback, fallback_known: `(N,)` and 0-dim bool: x̃ of an earlier batch, in case this one has no
+            retain row; or neither.
+
+    Returns:
+        The results of `rfa_linear`, and x̃ `(N,)` where it was computed here, else `None`.
+    """
     leading, features = tuple(x.shape[:-1]), weight.shape[0]
     x, weight, bias = autocast(x, weight, bias)  # type: ignore[assignment]
     rows = x.reshape(-1, x.shape[-1])
@@ -379,14 +389,21 @@ def linear(
         for constant in (target, retain_target)
     )
     unit_rows = rows.shape[0] // leading[0] if per_sample else 1
+    earlier = None if fallback is None else fallback.float().contiguous()
     out = Linear(
         *_FORWARD(
-            rows, weight, bias, lora_a, lora_b, codes, *aim, *held, None, None, scale, norm == "l2", unit_rows,
-            emit_residual,
+            rows, weight, bias, lora_a, lora_b, codes, *aim, *held, earlier, fallback_known, scale, norm == "l2",
+            unit_rows, emit_residual,
         )
     )  # fmt: skip
     shape = (*leading, features)
     residual = out.residual.reshape(shape) if emit_residual else None
     if codes is None:
-        return out.output.reshape(shape), residual, None, None
-    return out.output.reshape(shape), residual, out.retain_loss, out.forget_loss
+        return out.output.reshape(shape), residual, None, None, None
+    mean = out.mean if target is None else None
+    return out.output.reshape(shape), residual, out.retain_loss, out.forget_loss, mean
+
+
+def linear(*arguments: Any, **named: Any) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """:func:`linear_and_mean` without x̃."""
+    return linear_and_mean(*arguments, **named)[:4]
