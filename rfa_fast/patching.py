@@ -77,7 +77,7 @@ def patch(model: nn.Module, targets: Targets = "deep", **options: Any) -> RFA:
     config = RFAConfig(**options)
     plan = targets_module.select(model, targets)
     config = fit_ranks(model, plan, config)
-    backends.select(config.backend, torch.empty(0))
+    backends.select(config.backend, model.get_submodule(plan.adapted[0].name).weight)  # type: ignore[arg-type]
     return RFA(model, plan, config)
 
 
@@ -118,6 +118,7 @@ class RFA:
             self.layers = {n: m for n, m in modules.items() if isinstance(m, RFALayer)}
             self.remove()
             raise
+        self._undo.forbid_in_place()
         model.eval()
 
     def parameters(self) -> list[nn.Parameter]:

@@ -10,7 +10,7 @@ from rfa_fast.targets import Target
 
 
 class Undo:
-    """Remembers `requires_grad`, train flags and a tied head of a model.
+    """Remembers `requires_grad`, train and in-place flags and a tied head of a model.
 
     Example:
         >>> net = nn.Linear(2, 2)
@@ -25,8 +25,18 @@ class Undo:
         self._config: object = getattr(model, "config", None)
         self._requires_grad = [(p, p.requires_grad) for p in model.parameters()]
         self._training = [(m, m.training) for m in model.modules()]
+        # The operators keep a layer's output for the backward: an activation must not overwrite it.
+        self._in_place = [m for m in model.modules() if getattr(m, "inplace", False) is True]
         self._untied: list[tuple[nn.Module, nn.Parameter]] = []
         self._tie_flag: bool | None = None
+
+    def forbid_in_place(self) -> None:
+        """Let activations such as `nn.ReLU(inplace=True)` return a tensor of their own."""
+        self._set_in_place(False)
+
+    def _set_in_place(self, flag: bool) -> None:
+        for module in self._in_place:
+            object.__setattr__(module, "inplace", flag)
 
     def untie(self, head: nn.Module, target: Target) -> None:
         """Give a tied head a weight of its own, say so, and correct the model's configuration."""
@@ -57,3 +67,4 @@ class Undo:
             parameter.requires_grad_(flag)
         for module, training in self._training:
             module.training = training
+        self._set_in_place(True)

@@ -79,3 +79,14 @@ def test_it_says_which_backend_and_why():
     assert "backend: torch (automatic choice for a tensor on cpu)" in str(
         rfa_fast.patch(Tokens(), targets=r".*up").report()
     )
+
+
+def test_an_activation_in_place_after_a_layer_whose_output_is_kept():
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(inplace=True), nn.Linear(8, 3))
+    rfa = rfa_fast.patch(model, targets=["0"], rank=2, backend="triton")
+    assert not model[1].inplace
+    loss = rfa.loss(torch.randn(4, 6), torch.tensor([0, 1, 2, 0]), torch.tensor([True, False, True, False]))
+    loss.total.backward()
+    assert float(model[0].lora_b.grad.abs().sum()) > 0
+    rfa.remove()
+    assert model[1].inplace
