@@ -78,7 +78,7 @@ def machine_facts() -> dict[str, Any]:
 
     Example:
         >>> sorted(machine_facts())
-        ['backend', 'data', 'devices', 'methods', 'threads', 'triton', 'versions']
+        ['backend', 'data', 'devices', 'kernels', 'methods', 'threads', 'triton', 'versions']
     """
     from rfa_fast.data import available
     from rfa_fast.kernels.availability import triton_status
@@ -96,8 +96,24 @@ def machine_facts() -> dict[str, Any]:
         "devices": devices,
         "backend": {"name": chosen, "why": why},
         "triton": {kind: dict(zip(("usable", "why"), triton_status(kind), strict=True)) for kind in types},
+        "kernels": _kernels(types[-1]),
         "data": [{**asdict(entry), "options": list(entry.options)} for entry in available()],
         "methods": {name: (method.__doc__ or "").strip().splitlines()[0] for name, method in METHODS.items()},
+    }
+
+
+def _kernels(kind: str) -> dict[str, Any] | None:
+    """Which tile sizes the kernels would take, and whether they are measured; `None` without Triton."""
+    from importlib.util import find_spec
+
+    if find_spec("triton") is None:
+        return None
+    from rfa_fast.kernels import autotune, tuning
+
+    return {
+        "table": str(tuning.target_of(torch.device(kind))),
+        "autotune": bool(autotune.switched_on()),
+        "file": str(autotune.tuning_file()),
     }
 
 
@@ -164,6 +180,10 @@ def _print_machine(found: dict[str, Any], console: Console) -> None:
     table.add_row("backend", f"{found['backend']['name']} ({found['backend']['why']})")
     for kind, status in found["triton"].items():
         table.add_row(f"triton on {kind}", Text(("yes: " if status["usable"] else "no: ") + status["why"]))
+    if found["kernels"]:
+        tuned = found["kernels"]
+        how = f"measured, kept in {tuned['file']}" if tuned["autotune"] else "RFA_FAST_AUTOTUNE=1 measures instead"
+        table.add_row("kernels", Text(f"tile sizes of the {tuned['table']} table; {how}"))
     for name, about in found["methods"].items():
         table.add_row(f"method {name}", about)
     console.print(table, "")
