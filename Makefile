@@ -18,10 +18,10 @@ STAMP := .venv/.made-from-$(shell cat $(INPUTS) | cksum | tr ' ' '-')
 # Tests run one thread per worker and never reach for a network or a display.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 MPLBACKEND=Agg
 
-.PHONY: help setup demo test test-long lint format wheel clean
+.PHONY: help setup demo test test-long lint format kernel-sheet bench-gpu wheel clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## create or update the environment in .venv
 
@@ -51,6 +51,12 @@ lint: setup ## linter, formatter in check mode, strict types
 format: setup ## apply the formatter and the linter's safe fixes
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+kernel-sheet: setup ## compile every kernel for five GPUs, count its bytes, write docs/kernels.md (about 20 minutes)
+	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/kernel_sheet.py
+
+bench-gpu: setup ## time the kernels on this machine's GPU against cuBLAS/cuDNN, torch.compile and PEFT
+	@$(BIN)/python benchmarks/bench_gpu.py
 
 wheel: setup ## build the source distribution and the wheel into dist/
 	$(BIN)/pyproject-build --outdir dist .

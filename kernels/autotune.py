@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from rfa_fast.kernels.tuning import GENERIC, Config, candidates, choose, target_of
 from torch import Tensor
 
@@ -100,6 +99,8 @@ def tuned(
     default = choose(kernel, sample.device, sample.dtype)
     if not switched_on():
         return default
+    import triton
+
     file = tuning_file()
     if file not in _known:
         _known[file] = _read(file)
