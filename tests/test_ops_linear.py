@@ -17,7 +17,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rfa_fast.functional import rfa_linear
-from rfa_fast.ops.linear import Linear
+from rfa_fast.ops.linear_torch import Linear
 
 KINDS = ["mixed", "retain", "forget", "ignored"]
 

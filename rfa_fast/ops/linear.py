@@ -1,65 +1,25 @@
 """`rfa_fast::linear_forward` and `rfa_fast::linear_backward`: the adapted linear layer on fused kernels.
 
 Shapes inside: x (M, K), weight (N, K), lora_a (R, K), lora_b (N, R), group (M,) int8. What autograd keeps
-is x, h, y and the constants x̃ or x'_t; never Δ and never x'. The gradient of the alignment loss is worked
-out by hand (design: h = x Aᵀ, s the scale, w the weight of a row)::
-
-    G' = G + w_f (y − x̃)        U = s G' B + w_r s² h BᵀB        dX = G' W + U A
-    dA = Uᵀ x                    dB = s G'ᵀ h + s² B (Hᵀ diag(w_r) H)
+is x, h, y and the constants x̃ or x'_t; never Δ and never x'. The derivative is written out in
+:mod:`rfa_fast.ops.linear_torch`, which is also what these operators do on a CPU without the interpreter.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from rfa_fast.config import Norm
-from rfa_fast.objective import FORGET, RETAIN
+from rfa_fast.objective import RETAIN
+from rfa_fast.ops import linear_torch
+from rfa_fast.ops.linear_torch import Linear, group_weights, losses, retain_energy, thin_terms, usable
 from rfa_fast.ops.registration import register
-from rfa_fast.ops.rows import autocast, group_rows, row_map, row_weights, unit_sums
+from rfa_fast.ops.rows import autocast, group_rows, row_map
 
 SMALL = 64  # rows up to which one launch is worth more than the products it repeats
-
-
-class Linear(NamedTuple):
-    """The results of `linear_forward`; a field that was not asked for is an empty tensor.
-
-    Attributes:
-        output: y `(M, N)`.
-        residual: Δ `(M, N)`.
-        hidden: h `(M, R)`.
-        mean: x̃ `(N,)` fp32, where it was computed inside.
-        retain_norms, forget_norms: ‖e_u‖ of each unit `(U,)`, for the unsquared norm.
-        retain_loss, forget_loss: 0-dim fp32.
-    """
-
-    output: Tensor
-    residual: Tensor
-    hidden: Tensor
-    mean: Tensor
-    retain_norms: Tensor
-    forget_norms: Tensor
-    retain_loss: Tensor
-    forget_loss: Tensor
-
-
-def _losses(retain: Tensor, forget: Tensor, l2: bool, unit_rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Norms and sums from squared errors per row `(M,)`; without l2 a sum may come as any shape."""
-    none = retain.new_empty(0)
-    if not l2:
-        return none, none.clone(), retain.sum(), forget.sum()
-    norms = [unit_sums(rows, unit_rows).sqrt() for rows in (retain, forget)]
-    return norms[0], norms[1], norms[0].sum(), norms[1].sum()
-
-
-def _retain_energy(hidden: Tensor, lora_b: Tensor, group: Tensor, scale: float) -> Tensor:
-    """‖Δ_i‖² of the retain rows from R × R: s² h_i (BᵀB) h_iᵀ, fp32 `(M,)`."""
-    h = torch.where((group == RETAIN)[:, None], hidden, 0).float()
-    up = lora_b.float()
-    return scale**2 * ((h @ (up.mT @ up)) * h).sum(1).clamp(min=0)
 
 
 def _forward_launchers(
@@ -107,54 +67,13 @@ def _forward_launchers(
             config=choose("feature_mean", x.device, x.dtype),
         )  # fmt: skip
         if loss is None:
-            aimed = torch.where(_usable(group, fallback_known) | (group == RETAIN), group, -1)
+            aimed = torch.where(usable(group, fallback_known) | (group == RETAIN), group, -1)
             forget = row_error(out.output, mean, aimed, config=choose("row_error", x.device, x.dtype))
         else:
             forget = loss
     taught = out.retain_rows
-    retain = _retain_energy(out.hidden, lora_b, group, scale) if taught is None else taught.sum(0)
-    return Linear(out.output, residual, out.hidden, mean, *_losses(retain, forget, l2, unit_rows))
-
-
-def _usable(group: Tensor, fallback_known: Tensor | None) -> Tensor:
-    """Whether an x̃ that is computed inside is known: from this batch, or from one before."""
-    fresh = (group == RETAIN).any()
-    return fresh if fallback_known is None else fresh | fallback_known
-
-
-def _forward_host(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, group: Tensor | None,
-    target: Tensor | None, target_div: int, target_mod: int, kept: Tensor | None, kept_div: int, kept_mod: int,
-    fallback: Tensor | None, fallback_known: Tensor | None, scale: float, l2: bool, unit_rows: int,
-    emit_residual: bool,
-) -> Linear:  # fmt: skip
-    hidden = F.linear(x, lora_a.to(x.dtype))
-    delta = scale * F.linear(hidden, lora_b.to(x.dtype))
-    frozen = F.linear(x, weight, bias)
-    output = frozen + delta
-    none = torch.empty(0, dtype=torch.float32, device=x.device)
-    residual = delta if emit_residual else x.new_empty(0)
-    if group is None:
-        return Linear(output, residual, hidden, none, none.clone(), none.clone(), none.sum(), none.sum())
-    wide, mean, aimed = output.float(), none, group == FORGET
-    if target is None:
-        kept_rows = group == RETAIN
-        fresh = torch.where(kept_rows[:, None], frozen.float(), 0).sum(0) / kept_rows.sum().clamp(min=1)
-        mean = fresh if fallback is None else torch.where(kept_rows.any(), fresh, fallback)
-        goal, aimed = mean, aimed & _usable(group, fallback_known)
-    else:
-        goal = _rows(target, target_div, target_mod, x.shape[0])
-    forget = torch.where(aimed[:, None], wide - goal, 0).square().sum(1)
-    if kept is None:
-        retain = _retain_energy(hidden, lora_b, group, scale)
-    else:
-        off = wide - _rows(kept, kept_div, kept_mod, x.shape[0])
-        retain = torch.where((group == RETAIN)[:, None], off, 0).square().sum(1)
-    return Linear(output, residual, hidden, mean, *_losses(retain, forget, l2, unit_rows))
-
-
-def _rows(values: Tensor, div: int, mod: int, rows: int) -> Tensor:
-    return values[(torch.arange(rows, device=values.device) // div) % mod].float()
+    retain = retain_energy(out.hidden, lora_b, group, scale) if taught is None else taught.sum(0)
+    return Linear(out.output, residual, out.hidden, mean, *losses(retain, forget, l2, unit_rows))
 
 
 def _forward_fake(
@@ -184,30 +103,9 @@ _FORWARD = register(
     "Tensor? fallback_known, float scale, bool l2, SymInt unit_rows, bool emit_residual) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     launchers=_forward_launchers,
-    host=_forward_host,
+    host=linear_torch.forward,
     fake=_forward_fake,
 )
-
-
-class _Weights(NamedTuple):
-    forget: Tensor | None
-    retain: Tensor | None
-
-
-def _weights(
-    group: Tensor | None, retain_grad: Tensor | None, forget_grad: Tensor | None, known: Tensor | None,
-    target_given: bool, retain_norms: Tensor, forget_norms: Tensor, l2: bool, unit_rows: int,
-) -> _Weights:  # fmt: skip
-    """w_f and w_r, `(M,)` fp32; `None` where nobody asked for that loss."""
-    forget = retain = None
-    if group is not None and forget_grad is not None:
-        chosen = group == FORGET
-        if not target_given:
-            chosen = chosen & _usable(group, known)
-        forget = row_weights(forget_grad, chosen, forget_norms if l2 else None, unit_rows)
-    if group is not None and retain_grad is not None:
-        retain = row_weights(retain_grad, group == RETAIN, retain_norms if l2 else None, unit_rows)
-    return _Weights(forget, retain)
 
 
 def _backward_launchers(
@@ -224,7 +122,7 @@ def _backward_launchers(
     from rfa_fast.kernels.lora_a_gradient import lora_a_gradient
     from rfa_fast.kernels.tuning import choose
 
-    w = _weights(
+    w = group_weights(
         group, retain_grad, forget_grad, known, target_given, retain_norms, forget_norms, l2, unit_rows
     )  # fmt: skip
     teaches = kept is not None and w.retain is not None
@@ -237,10 +135,10 @@ def _backward_launchers(
             goal=None if w.forget is None or goal is None else Rows(goal, goal_div, goal_mod),
             forget_weight=w.forget, kept=Rows(kept, kept_div, kept_mod) if teaches and kept is not None else None,
             retain_weight=w.retain if teaches else None, whole=whole,
-            config=choose("linear_gradient", x.device, x.dtype),
+            config=choose("linear_gradient", x.device, x.dtype, weight.shape[0]),
         )  # fmt: skip
         retain = None if kept is not None else w.retain
-        up, grad_b = _thin_terms(split.up, split.lora_b, residual_grad, hidden, lora_b, retain, scale)
+        up, grad_b = thin_terms(split.up, split.lora_b, residual_grad, hidden, lora_b, retain, scale)
         if not needs_x:
             return x.new_empty(0), up, grad_b
         select, source = products.NONE, grad
@@ -257,49 +155,11 @@ def _backward_launchers(
     config = (
         tuned("linear_input_gradient", x, sizes, product)
         if needs_x
-        else choose("linear_input_gradient", x.device, x.dtype)
+        else choose("linear_input_gradient", x.device, x.dtype, *weight.shape)
     )
     grad_x, up, grad_b = product(config)
     grad_a = lora_a_gradient(up, x, config=choose("lora_a_gradient", x.device, x.dtype))
     return grad_x, grad_a.to(lora_a.dtype), grad_b.to(lora_b.dtype)
-
-
-def _thin_terms(
-    up: Tensor, grad_b: Tensor, residual_grad: Tensor | None, hidden: Tensor, lora_b: Tensor, retain: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """U and dB with what does not come from G': the r × r retain term, and a gradient of the residual itself."""
-    wide, lifted = hidden.float(), lora_b.float()
-    if retain is not None:
-        weighted = retain[:, None] * wide
-        up = up + scale**2 * (weighted @ (lifted.mT @ lifted))
-        grad_b = grad_b + scale**2 * (lifted @ (wide.mT @ weighted))
-    if residual_grad is not None:
-        off = residual_grad.float()
-        up = up + scale * (off @ lifted)
-        grad_b = grad_b + scale * (off.mT @ wide)
-    return up.contiguous(), grad_b
-
-
-def _backward_host(
-    grad: Tensor, residual_grad: Tensor | None, retain_grad: Tensor | None, forget_grad: Tensor | None, x: Tensor,
-    weight: Tensor, lora_a: Tensor, lora_b: Tensor, group: Tensor | None, goal: Tensor | None, goal_div: int,
-    goal_mod: int, target_given: bool, known: Tensor | None, kept: Tensor | None, kept_div: int, kept_mod: int,
-    hidden: Tensor, output: Tensor, retain_norms: Tensor, forget_norms: Tensor, scale: float, l2: bool,
-    unit_rows: int, needs_x: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    w = _weights(
-        group, retain_grad, forget_grad, known, target_given, retain_norms, forget_norms, l2, unit_rows
-    )  # fmt: skip
-    total = grad.float()
-    for rows, weights, div, mod in ((goal, w.forget, goal_div, goal_mod), (kept, w.retain, kept_div, kept_mod)):
-        if rows is not None and weights is not None:
-            off = output.float() - _rows(rows, div, mod, x.shape[0])
-            total = total + weights[:, None] * torch.where((weights != 0)[:, None], off, 0)
-    up, grad_b = scale * (total @ lora_b.float()), scale * (total.mT @ hidden.float())
-    up, grad_b = _thin_terms(up, grad_b, residual_grad, hidden, lora_b, None if kept is not None else w.retain, scale)
-    grad_x = (total @ weight.float() + up @ lora_a.float()).to(x.dtype) if needs_x else x.new_empty(0)
-    return grad_x, (up.mT @ x.float()).to(lora_a.dtype), grad_b.to(lora_b.dtype)
 
 
 def _backward_fake(
@@ -318,7 +178,7 @@ _BACKWARD = register(
     "Tensor retain_norms, Tensor forget_norms, float scale, bool l2, SymInt unit_rows, bool needs_x) "
     "-> (Tensor, Tensor, Tensor)",
     launchers=_backward_launchers,
-    host=_backward_host,
+    host=linear_torch.backward,
     fake=_backward_fake,
 )
 

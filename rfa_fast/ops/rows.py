@@ -85,9 +85,9 @@ def row_weights(
         tensor([6., 0.])
     """
     if norms is None:
-        return torch.where(selected, factor * upstream.float(), 0)
+        return torch.where(selected, factor * upstream, 0)
     positive = norms > 0
-    each = torch.where(positive, upstream.float() / torch.where(positive, norms, 1), 0)
+    each = torch.where(positive, upstream / torch.where(positive, norms, 1), 0)
     return torch.where(selected, each[:, None].expand(-1, unit_rows).reshape(-1), 0)
 
 

@@ -1,0 +1,167 @@
+"""The adapted linear layer in plain torch, forward and backward by hand; and what the kernels share with it.
+
+Shapes: x (M, K), weight (N, K), lora_a (R, K), lora_b (N, R), group (M,) int8. Products are taken in x's dtype,
+sums in fp32 (fp64 for fp64). The derivative, with h = x Aᵀ, s the scale, w the weight of a row::
+
+    G' = G + w_f (y − x̃)        U = s G' B + w_r s² h BᵀB        dX = G' W + U A
+    dA = Uᵀ x                    dB = s G'ᵀ h + s² B (Hᵀ diag(w_r) H)
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rfa_fast.objective import FORGET, RETAIN, accumulation_dtype, group_mean
+from rfa_fast.ops.rows import row_weights, unit_sums
+
+
+class Linear(NamedTuple):
+    """The results of `linear_forward`; a field that was not asked for is an empty tensor.
+
+    Attributes:
+        output: y `(M, N)`.
+        residual: Δ `(M, N)`.
+        hidden: h `(M, R)`.
+        mean: x̃ `(N,)` fp32, where it was computed inside.
+        retain_norms, forget_norms: ‖e_u‖ of each unit `(U,)`, for the unsquared norm.
+        retain_loss, forget_loss: 0-dim fp32.
+    """
+
+    output: Tensor
+    residual: Tensor
+    hidden: Tensor
+    mean: Tensor
+    retain_norms: Tensor
+    forget_norms: Tensor
+    retain_loss: Tensor
+    forget_loss: Tensor
+
+
+def losses(retain: Tensor, forget: Tensor, l2: bool, unit_rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Norms and sums from squared errors per row `(M,)`; without l2 a sum may come as any shape."""
+    none = retain.new_empty(0)
+    if not l2:
+        return none, none.clone(), retain.sum(), forget.sum()
+    norms = [unit_sums(rows, unit_rows).sqrt() for rows in (retain, forget)]
+    return norms[0], norms[1], norms[0].sum(), norms[1].sum()
+
+
+def retain_energy(hidden: Tensor, lora_b: Tensor, group: Tensor, scale: float) -> Tensor:
+    """‖Δ_i‖² of the retain rows from R × R: s² h_i (BᵀB) h_iᵀ, fp32 `(M,)`."""
+    wide = accumulation_dtype(hidden.dtype)
+    h = torch.where((group == RETAIN)[:, None], hidden, 0).to(wide)
+    up = lora_b.to(wide)
+    return scale**2 * ((h @ (up.mT @ up)) * h).sum(1).clamp(min=0)
+
+
+def usable(group: Tensor, fallback_known: Tensor | None) -> Tensor:
+    """Whether an x̃ that is computed inside is known: from this batch, or from one before."""
+    fresh = (group == RETAIN).any()
+    return fresh if fallback_known is None else fresh | fallback_known
+
+
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, group: Tensor | None,
+    target: Tensor | None, target_div: int, target_mod: int, kept: Tensor | None, kept_div: int, kept_mod: int,
+    fallback: Tensor | None, fallback_known: Tensor | None, scale: float, l2: bool, unit_rows: int,
+    emit_residual: bool,
+) -> Linear:  # fmt: skip
+    """`rfa_fast::linear_forward` in torch."""
+    hidden = F.linear(x, lora_a.to(x.dtype))
+    delta = scale * F.linear(hidden, lora_b.to(x.dtype))
+    frozen = F.linear(x, weight, bias)
+    output = frozen + delta
+    none = torch.empty(0, dtype=accumulation_dtype(x.dtype), device=x.device)
+    residual = delta if emit_residual else x.new_empty(0)
+    if group is None:
+        return Linear(output, residual, hidden, none, none.clone(), none.clone(), none.sum(), none.sum())
+    mean, aimed, goal = none, group == FORGET, target
+    if goal is None:
+        fresh, known = group_mean(frozen, group, (0,))
+        mean = fresh if fallback is None else torch.where(known, fresh, fallback)
+        goal, aimed = mean[None], aimed & usable(group, fallback_known)
+    forget = torch.where(aimed[:, None], off_rows(output, goal, target_div, target_mod), 0).square().sum(1)
+    if kept is None:
+        retain = retain_energy(hidden, lora_b, group, scale)
+    else:
+        off = off_rows(output, kept, kept_div, kept_mod)
+        retain = torch.where((group == RETAIN)[:, None], off, 0).square().sum(1)
+    return Linear(output, residual, hidden, mean, *losses(retain, forget, l2, unit_rows))
+
+
+def off_rows(output: Tensor, values: Tensor, div: int, mod: int) -> Tensor:
+    """y − row (m // div) % mod of `values`, `(M, N)` in the dtype of sums; nothing is expanded."""
+    features = output.shape[1]
+    wide = accumulation_dtype(output.dtype)
+    blocks = output.to(wide).reshape(-1, mod, div, features)
+    return (blocks - values.to(wide).reshape(mod, 1, features)).reshape(-1, features)
+
+
+class Weights(NamedTuple):
+    """w_f and w_r, `(M,)`."""
+
+    forget: Tensor | None
+    retain: Tensor | None
+
+
+def group_weights(
+    group: Tensor | None, retain_grad: Tensor | None, forget_grad: Tensor | None, known: Tensor | None,
+    target_given: bool, retain_norms: Tensor, forget_norms: Tensor, l2: bool, unit_rows: int,
+) -> Weights:  # fmt: skip
+    """w_f and w_r, `(M,)` fp32; `None` where nobody asked for that loss."""
+    forget = retain = None
+    if group is not None and forget_grad is not None:
+        chosen = group == FORGET
+        if not target_given:
+            chosen = chosen & usable(group, known)
+        forget = row_weights(forget_grad, chosen, forget_norms if l2 else None, unit_rows)
+    if group is not None and retain_grad is not None:
+        retain = row_weights(retain_grad, group == RETAIN, retain_norms if l2 else None, unit_rows)
+    return Weights(forget, retain)
+
+
+def thin_terms(
+    up: Tensor, grad_b: Tensor, residual_grad: Tensor | None, hidden: Tensor, lora_b: Tensor, retain: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """U and dB with what does not come from G': the r × r retain term, and a gradient of the residual itself."""
+    dtype = accumulation_dtype(hidden.dtype)
+    wide, lifted = hidden.to(dtype), lora_b.to(dtype)
+    if retain is not None:
+        weighted = retain[:, None] * wide
+        up = up + scale**2 * (weighted @ (lifted.mT @ lifted))
+        grad_b = grad_b + scale**2 * (lifted @ (wide.mT @ weighted))
+    if residual_grad is not None:
+        off = residual_grad.to(dtype)
+        up = up + scale * (off @ lifted)
+        grad_b = grad_b + scale * (off.mT @ wide)
+    return up.contiguous(), grad_b
+
+
+def backward(
+    grad: Tensor, residual_grad: Tensor | None, retain_grad: Tensor | None, forget_grad: Tensor | None, x: Tensor,
+    weight: Tensor, lora_a: Tensor, lora_b: Tensor, group: Tensor | None, goal: Tensor | None, goal_div: int,
+    goal_mod: int, target_given: bool, known: Tensor | None, kept: Tensor | None, kept_div: int, kept_mod: int,
+    hidden: Tensor, output: Tensor, retain_norms: Tensor, forget_norms: Tensor, scale: float, l2: bool,
+    unit_rows: int, needs_x: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`rfa_fast::linear_backward` in torch."""
+    w = group_weights(
+        group, retain_grad, forget_grad, known, target_given, retain_norms, forget_norms, l2, unit_rows
+    )  # fmt: skip
+    changed, wide = grad, accumulation_dtype(x.dtype)
+    for rows, each, div, mod in ((goal, w.forget, goal_div, goal_mod), (kept, w.retain, kept_div, kept_mod)):
+        if rows is not None and each is not None:
+            off = torch.where((each != 0)[:, None], off_rows(output, rows, div, mod), 0)
+            changed = changed.to(wide) + each[:, None] * off
+    changed = changed.to(x.dtype)
+    up = scale * (changed @ lora_b.to(x.dtype)).to(wide)
+    grad_b = scale * (changed.mT @ hidden).to(wide)
+    up, grad_b = thin_terms(up, grad_b, residual_grad, hidden, lora_b, None if kept is not None else w.retain, scale)
+    narrow = up.to(x.dtype)
+    grad_x = torch.addmm(changed @ weight, narrow, lora_a.to(x.dtype)) if needs_x else x.new_empty(0)
+    return grad_x, (narrow.mT @ x).to(lora_a.dtype), grad_b.to(lora_b.dtype)
