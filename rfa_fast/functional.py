@@ -128,8 +128,8 @@ def rfa_linear_and_mean(
         x, weight, lora_a, lora_b, bias, scale, group, norm, unit, backend: as :func:`rfa_linear`.
 
     Returns:
-        The layer's results, and the x̃ they are about, fp32 `(N,)`; `None` with a backend that takes
-        the target beforehand, for which the caller computes it.
+        The layer's results, and the x̃ they are about, fp32 `(N,)`; `None` with the reference backend and
+        for a batch without rows, which take the target from the caller.
 
     Raises:
         ValueError: shapes that do not fit, or a backend that is not there.
@@ -140,18 +140,20 @@ def rfa_linear_and_mean(
         >>> args = torch.eye(3), torch.ones(1, 3), torch.ones(3, 1)
         >>> rfa_linear_and_mean(
         ...     x, *args, scale=1.0, group=group, fallback=None, fallback_known=None, backend="torch"
-        ... ) is None
-        True
+        ... )[1]
+        tensor([0.5000, 0.5000, 0.0000])
     """
     chosen, _ = backends.select(backend, x)
-    if chosen != "triton" or x.numel() == 0:
+    if chosen == "reference" or x.numel() == 0:
         return None
     _check_linear(x, weight, lora_a, lora_b, bias, group, fallback, None, norm, unit)
-    *results, mean = backends.linear_and_mean(
-        x, weight, lora_a, lora_b, bias, scale, group, None, None, norm, unit == "sample", False, fallback,
+    output, residual, retain, forget, mean = backends.linear_and_mean(
+        chosen, x, weight, lora_a, lora_b, bias, scale, group, None, None, norm, unit == "sample", False, fallback,
         fallback_known,
     )  # fmt: skip
-    return RFAOutput(*results), mean
+    if mean is None:
+        raise ValueError("target: got one, expected the operator to compute x̃")
+    return RFAOutput(output, residual, retain, forget), mean
 
 
 def rfa_conv2d(

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from rfa_fast.config import Backend
-from rfa_fast.ops import plain
+from rfa_fast.ops import linear_torch, plain
+from rfa_fast.ops.linear_torch import LayerAndMean
 
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -87,15 +88,15 @@ def _why(kind: str) -> str:
 
 def linear(backend: str, x: Tensor, *arguments: Any) -> plain.LayerResult:
     """The layer of :func:`rfa_fast.functional.rfa_linear`; arguments as :func:`rfa_fast.ops.plain.linear`'s."""
-    if backend != "triton" or x.numel() == 0:
+    if backend == "reference" or x.numel() == 0:
         return plain.linear(_in_torch(backend), x, *arguments)
-    from rfa_fast.ops.linear import linear as fused
-
-    return fused(x, *arguments)
+    return linear_and_mean(backend, x, *arguments)[:4]
 
 
-def linear_and_mean(x: Tensor, *arguments: Any) -> tuple[Any, ...]:
-    """The fused layer with the x̃ it computed; arguments as :func:`rfa_fast.ops.linear.linear_and_mean`'s."""
+def linear_and_mean(backend: str, x: Tensor, *arguments: Any) -> LayerAndMean:
+    """The fused layer with the x̃ it computed; arguments as :func:`rfa_fast.ops.linear_torch.run`'s."""
+    if backend == "torch":
+        return linear_torch.linear_and_mean(x, *arguments)
     from rfa_fast.ops.linear import linear_and_mean as fused
 
     return fused(x, *arguments)

@@ -12,12 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rfa_fast.config import Norm
 from rfa_fast.objective import RETAIN
 from rfa_fast.ops import linear_torch
-from rfa_fast.ops.linear_torch import Linear, group_weights, losses, retain_energy, thin_terms, usable
+from rfa_fast.ops.linear_torch import (
+    LayerAndMean,
+    Linear,
+    derivative,
+    group_weights,
+    losses,
+    remember,
+    retain_energy,
+    thin_terms,
+    usable,
+)
 from rfa_fast.ops.registration import register
-from rfa_fast.ops.rows import autocast, group_rows, row_map
 
 SMALL = 64  # rows up to which one launch is worth more than the products it repeats
 
@@ -183,85 +191,16 @@ _BACKWARD = register(
 )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Linear) -> None:
-    x, weight, _, a, b, group, target, t_div, t_mod, kept, k_div, k_mod, _, known, scale, l2, unit_rows, emit = inputs
-    result = Linear(*output)
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(result.hidden, result.mean, result.retain_norms, result.forget_norms)
-    goal = result.mean if target is None else target
-    ctx.save_for_backward(
-        x, weight, a, b, group, goal, known, kept, result.hidden, result.output, result.retain_norms,
-        result.forget_norms,
-    )  # fmt: skip
-    ctx.options = (t_div, t_mod, target is not None, k_div, k_mod, scale, l2, unit_rows, emit)
+def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    return derivative(_BACKWARD, ctx, *grads)
 
 
-def _backward(ctx: Any, grad: Tensor | None, residual: Tensor | None, *rest: Tensor | None) -> tuple[Any, ...]:
-    x, weight, a, b, group, goal, known, kept, hidden, output, retain_norms, forget_norms = ctx.saved_tensors
-    t_div, t_mod, given, k_div, k_mod, scale, l2, unit_rows, emit = ctx.options
-    retain_grad, forget_grad = rest[-2:]
-    if grad is None:
-        grad = torch.zeros_like(output)
-    goal = goal[None] if goal.ndim == 1 else goal
-    grads = _BACKWARD(
-        grad, residual if emit else None, retain_grad, forget_grad, x, weight, a, b, group,
-        None if group is None else goal, t_div, t_mod, given, known, kept, k_div, k_mod, hidden, output, retain_norms,
-        forget_norms, scale, l2, unit_rows, ctx.needs_input_grad[0],
-    )  # fmt: skip
-    grad_x = grads[0] if ctx.needs_input_grad[0] else None
-    return grad_x, None, None, grads[1], grads[2], *([None] * 13)
+_FORWARD.register_autograd(_backward, setup_context=remember)
 
 
-_FORWARD.register_autograd(_backward, setup_context=_setup_context)
-
-
-def linear_and_mean(
-    x: Tensor,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    bias: Tensor | None,
-    scale: float,
-    group: Tensor | None,
-    target: Tensor | None,
-    retain_target: Tensor | None,
-    norm: Norm,
-    per_sample: bool,
-    emit_residual: bool,
-    fallback: Tensor | None = None,
-    fallback_known: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """The layer of :func:`rfa_fast.functional.rfa_linear` on fused kernels; arguments are taken as checked.
-
-    Args:
-        fallback, fallback_known: `(N,)` and 0-dim bool: x̃ of an earlier batch, in case this one has no
-            retain row; or neither.
-
-    Returns:
-        The results of `rfa_linear`, and x̃ `(N,)` where it was computed here, else `None`.
-    """
-    leading, features = tuple(x.shape[:-1]), weight.shape[0]
-    x, weight, bias = autocast(x, weight, bias)  # type: ignore[assignment]
-    rows = x.reshape(-1, x.shape[-1])
-    codes = None if group is None else group_rows(group, leading)
-    aim, held = (
-        (None, 1, 1) if constant is None or codes is None else row_map(constant.detach(), leading, features)
-        for constant in (target, retain_target)
-    )
-    unit_rows = rows.shape[0] // leading[0] if per_sample else 1
-    earlier = None if fallback is None else fallback.float().contiguous()
-    out = Linear(
-        *_FORWARD(
-            rows, weight, bias, lora_a, lora_b, codes, *aim, *held, earlier, fallback_known, scale, norm == "l2",
-            unit_rows, emit_residual,
-        )
-    )  # fmt: skip
-    shape = (*leading, features)
-    residual = out.residual.reshape(shape) if emit_residual else None
-    if codes is None:
-        return out.output.reshape(shape), residual, None, None, None
-    mean = out.mean if target is None else None
-    return out.output.reshape(shape), residual, out.retain_loss, out.forget_loss, mean
+def linear_and_mean(*arguments: Any, **named: Any) -> LayerAndMean:
+    """The layer of :func:`rfa_fast.functional.rfa_linear` on fused kernels; :func:`rfa_fast.ops.linear_torch.run`."""
+    return linear_torch.run(_FORWARD, *arguments, **named)
 
 
 def linear(*arguments: Any, **named: Any) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:

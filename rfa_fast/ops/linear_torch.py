@@ -9,14 +9,17 @@ sums in fp32 (fp64 for fp64). The derivative, with h = x Aᵀ, s the scale, w th
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rfa_fast.config import Norm
 from rfa_fast.objective import FORGET, RETAIN, accumulation_dtype, group_mean
-from rfa_fast.ops.rows import row_weights, unit_sums
+from rfa_fast.ops.rows import autocast, group_rows, row_map, row_weights, unit_sums
+
+LayerAndMean = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 class Linear(NamedTuple):
@@ -72,25 +75,44 @@ def forward(
 ) -> Linear:  # fmt: skip
     """`rfa_fast::linear_forward` in torch."""
     hidden = F.linear(x, lora_a.to(x.dtype))
-    delta = scale * F.linear(hidden, lora_b.to(x.dtype))
     frozen = F.linear(x, weight, bias)
-    output = frozen + delta
+    delta = scale * F.linear(hidden, lora_b.to(x.dtype)) if emit_residual else None
+    # x̃ first: without Δ to show, x' becomes y in place, and no second tensor of its size is made.
+    found = group_mean(frozen, group, (0,)) if group is not None and target is None else None
+    output = frozen.addmm_(scale * hidden, lora_b.to(x.dtype).mT) if delta is None else frozen + delta
     none = torch.empty(0, dtype=accumulation_dtype(x.dtype), device=x.device)
-    residual = delta if emit_residual else x.new_empty(0)
+    residual = x.new_empty(0) if delta is None else delta
     if group is None:
         return Linear(output, residual, hidden, none, none.clone(), none.clone(), none.sum(), none.sum())
-    mean, aimed, goal = none, group == FORGET, target
-    if goal is None:
-        fresh, known = group_mean(frozen, group, (0,))
+    mean, aimed, goal = none, group == FORGET, none if target is None else target
+    if found is not None:
+        fresh, known = found
         mean = fresh if fallback is None else torch.where(known, fresh, fallback)
         goal, aimed = mean[None], aimed & usable(group, fallback_known)
-    forget = torch.where(aimed[:, None], off_rows(output, goal, target_div, target_mod), 0).square().sum(1)
+    forget = squared_errors(output, goal, target_div, target_mod, aimed)
     if kept is None:
         retain = retain_energy(hidden, lora_b, group, scale)
     else:
-        off = off_rows(output, kept, kept_div, kept_mod)
-        retain = torch.where((group == RETAIN)[:, None], off, 0).square().sum(1)
+        retain = squared_errors(output, kept, kept_div, kept_mod, group == RETAIN)
     return Linear(output, residual, hidden, mean, *losses(retain, forget, l2, unit_rows))
+
+
+def squared_errors(output: Tensor, values: Tensor, div: int, mod: int, selected: Tensor) -> Tensor:
+    """‖y − values‖² of the selected rows, `(M,)`, 0 on the others; arguments as :func:`off_rows`."""
+    if not _by_index(output):
+        return torch.where(selected[:, None], off_rows(output, values, div, mod), 0).square().sum(1)
+    rows = selected.nonzero().squeeze(1)
+    off = output[rows].to(accumulation_dtype(output.dtype)) - values[(rows // div) % mod]
+    return off.new_zeros(output.shape[0]).index_put_((rows,), off.square_().sum(1))
+
+
+def _by_index(rows: Tensor) -> bool:
+    """Whether to pick rows rather than mask them.
+
+    Picking touches only what is needed, but waits for a device and makes shapes of values: on a CPU, and
+    outside a compiled graph, neither matters.
+    """
+    return rows.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def off_rows(output: Tensor, values: Tensor, div: int, mod: int) -> Tensor:
@@ -142,6 +164,18 @@ def thin_terms(
     return up.contiguous(), grad_b
 
 
+def _added(grad: Tensor, each: Tensor, output: Tensor, values: Tensor, div: int, mod: int) -> Tensor:
+    """G + w (y − values) on the rows whose weight w is not 0."""
+    wide = accumulation_dtype(output.dtype)
+    if not _by_index(output):
+        off = torch.where((each != 0)[:, None], off_rows(output, values, div, mod), 0)
+        return grad.to(wide) + each[:, None] * off
+    rows = each.nonzero().squeeze(1)
+    off = output[rows].to(wide) - values[(rows // div) % mod]
+    moved = off.mul_(each[rows, None]).add_(grad[rows])
+    return grad.index_put((rows,), moved.to(grad.dtype))
+
+
 def backward(
     grad: Tensor, residual_grad: Tensor | None, retain_grad: Tensor | None, forget_grad: Tensor | None, x: Tensor,
     weight: Tensor, lora_a: Tensor, lora_b: Tensor, group: Tensor | None, goal: Tensor | None, goal_div: int,
@@ -156,8 +190,7 @@ def backward(
     changed, wide = grad, accumulation_dtype(x.dtype)
     for rows, each, div, mod in ((goal, w.forget, goal_div, goal_mod), (kept, w.retain, kept_div, kept_mod)):
         if rows is not None and each is not None:
-            off = torch.where((each != 0)[:, None], off_rows(output, rows, div, mod), 0)
-            changed = changed.to(wide) + each[:, None] * off
+            changed = _added(changed, each, output, rows, div, mod)
     changed = changed.to(x.dtype)
     up = scale * (changed @ lora_b.to(x.dtype)).to(wide)
     grad_b = scale * (changed.mT @ hidden).to(wide)
@@ -165,3 +198,107 @@ def backward(
     narrow = up.to(x.dtype)
     grad_x = torch.addmm(changed @ weight, narrow, lora_a.to(x.dtype)) if needs_x else x.new_empty(0)
     return grad_x, (narrow.mT @ x).to(lora_a.dtype), grad_b.to(lora_b.dtype)
+
+
+def remember(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """What autograd keeps of a forward."""
+    x, weight, _, a, b, group, target, t_div, t_mod, kept, k_div, k_mod, _, known, scale, l2, unit_rows, emit = inputs
+    result = Linear(*output)
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(result.hidden, result.mean, result.retain_norms, result.forget_norms)
+    goal = result.mean if target is None else target
+    ctx.save_for_backward(
+        x, weight, a, b, group, goal, known, kept, result.hidden, result.output, result.retain_norms,
+        result.forget_norms,
+    )  # fmt: skip
+    ctx.options = (t_div, t_mod, target is not None, k_div, k_mod, scale, l2, unit_rows, emit)
+
+
+def derivative(
+    operator: Any, ctx: Any, grad: Tensor | None, residual: Tensor | None, *rest: Tensor | None
+) -> tuple[Any, ...]:
+    """The gradients of a forward's inputs, by `operator` (the backward)."""
+    x, weight, a, b, group, goal, known, kept, hidden, output, retain_norms, forget_norms = ctx.saved_tensors
+    t_div, t_mod, given, k_div, k_mod, scale, l2, unit_rows, emit = ctx.options
+    retain_grad, forget_grad = rest[-2:]
+    if grad is None:
+        grad = torch.zeros_like(output)
+    goal = goal[None] if goal.ndim == 1 else goal
+    grads = operator(
+        grad, residual if emit else None, retain_grad, forget_grad, x, weight, a, b, group,
+        None if group is None else goal, t_div, t_mod, given, known, kept, k_div, k_mod, hidden, output, retain_norms,
+        forget_norms, scale, l2, unit_rows, ctx.needs_input_grad[0],
+    )  # fmt: skip
+    grad_x = grads[0] if ctx.needs_input_grad[0] else None
+    return grad_x, None, None, grads[1], grads[2], *([None] * 13)
+
+
+class _Layer(torch.autograd.Function):
+    """The two above, on any device."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        result = forward(*arguments)
+        remember(ctx, arguments, result)
+        return tuple(result)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        return derivative(backward, ctx, *grads)
+
+
+def run(
+    operator: Any,
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    group: Tensor | None,
+    target: Tensor | None,
+    retain_target: Tensor | None,
+    norm: Norm,
+    per_sample: bool,
+    emit_residual: bool,
+    fallback: Tensor | None = None,
+    fallback_known: Tensor | None = None,
+) -> LayerAndMean:
+    """A layer of any shape by an operator on rows; arguments are taken as checked.
+
+    Args:
+        operator: `rfa_fast::linear_forward`, or the same in torch.
+        fallback, fallback_known: `(N,)` and 0-dim bool: x̃ of an earlier batch, in case this one has no
+            retain row; or neither.
+
+    Returns:
+        The results of :func:`rfa_fast.functional.rfa_linear`, and x̃ `(N,)` where it was computed here,
+        else `None`.
+    """
+    leading, features = tuple(x.shape[:-1]), weight.shape[0]
+    x, weight, bias = autocast(x, weight, bias)  # type: ignore[assignment]
+    rows = x.reshape(-1, x.shape[-1])
+    codes = None if group is None else group_rows(group, leading)
+    aim, held = (
+        (None, 1, 1) if constant is None or codes is None else row_map(constant.detach(), leading, features)
+        for constant in (target, retain_target)
+    )
+    unit_rows = rows.shape[0] // leading[0] if per_sample else 1
+    earlier = None if fallback is None else fallback.to(accumulation_dtype(x.dtype)).contiguous()
+    out = Linear(
+        *operator(
+            rows, weight, bias, lora_a, lora_b, codes, *aim, *held, earlier, fallback_known, scale, norm == "l2",
+            unit_rows, emit_residual,
+        )
+    )  # fmt: skip
+    shape = (*leading, features)
+    residual = out.residual.reshape(shape) if emit_residual else None
+    if codes is None:
+        return out.output.reshape(shape), residual, None, None, None
+    mean = out.mean if target is None else None
+    return out.output.reshape(shape), residual, out.retain_loss, out.forget_loss, mean
+
+
+def linear_and_mean(*arguments: Any, **named: Any) -> LayerAndMean:
+    """The layer of :func:`rfa_fast.functional.rfa_linear` in torch; see :func:`run`."""
+    return run(_Layer.apply, *arguments, **named)
