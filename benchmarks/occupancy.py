@@ -1,8 +1,18 @@
 """How many blocks fit on a multiprocessor at once, computed from registers, shared memory and threads.
 
-NVIDIA: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; registers are allotted to a
-warp in units of 256, and a block occupies 1 KiB of shared memory beyond its own. AMD: "AMD Instinct MI300 ISA"
-(CDNA3), vector registers shared with accumulators, allotted in units of 8 per lane and SIMD; 64 KiB of LDS per CU.
+    blocks    = min(block slots, warp slots / warps, registers / registers of a block, shared memory / that of a block)
+    occupancy = blocks × warps / warp slots
+
+Every quotient is rounded down; what is allotted in units is rounded up to them first. NVIDIA: a warp takes its
+registers in units of 256, and warps go to four schedulers, each of which owns a quarter of the file; a block occupies
+1 KiB of shared memory beyond its own. AMD (CDNA3): a wave takes vector registers, accumulators included, in units of
+8 from the 512 of its SIMD, one of four in a CU; scalar registers allow more waves than that and are left out.
+
+Sources: NVIDIA, CUDA C++ Programming Guide, "Technical Specifications per Compute Capability" (slots, registers,
+shared memory per multiprocessor and per block), the tuning guides for Ampere, Hopper and Blackwell (the reserved
+KiB), the occupancy calculator of Nsight Compute (units); AMD, "AMD Instinct MI300 Instruction Set Architecture"
+(registers, 64 KiB of LDS); LLVM's AMDGPU back end (8 waves per SIMD, 16 workgroups of several waves), which states
+the waves per SIMD that it computes from the registers in the assembly; a test compares.
 """
 
 from __future__ import annotations
@@ -74,7 +84,7 @@ def occupancy(target: str, registers: int, shared: int, threads: int) -> Occupan
     warps = -(-threads // limits.warp)
     if limits.simds == 1:
         per_warp = -(-registers * limits.warp // 256) * 256
-        by_registers = limits.registers // (max(per_warp, 1) * warps)
+        by_registers = limits.registers // 4 // max(per_warp, 1) * 4 // warps
     else:
         waves = min(limits.warps // limits.simds, limits.registers // max(8, -(-registers // 8) * 8))
         by_registers = waves * limits.simds // warps

@@ -1,8 +1,9 @@
 """The least time a kernel can take on a GPU that nobody asked: `max(bytes / bandwidth, FLOP / peak)`.
 
-A computed bound, never a measurement. Peaks are dense bf16 without sparsity, from the vendors' data sheets: NVIDIA
-A100 80GB SXM (2021), NVIDIA H100 SXM5 (2023), NVIDIA HGX B200 (2025; its 4.5 PFLOP/s are with sparsity), AMD
-Instinct MI300X (2023).
+A computed bound, never a measurement. Peaks are dense bf16, without structured sparsity, from the vendors' data
+sheets: NVIDIA A100 80GB SXM (312 TFLOP/s, 2,039 GB/s), NVIDIA H100 SXM (1,979 TFLOP/s with sparsity, half of it dense;
+3.35 TB/s), NVIDIA HGX B200 (4.5 PFLOP/s with sparsity; 8 TB/s in the Blackwell architecture brief, 7.7 in later
+sheets), AMD Instinct MI300X (1,307.4 TFLOP/s, 5.3 TB/s).
 """
 
 from __future__ import annotations

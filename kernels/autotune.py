@@ -96,7 +96,8 @@ def tuned(
         >>> tuned("linear_forward", torch.zeros(1), {"N": 8}, print).route
         'fused'
     """
-    default = choose(kernel, sample.device, sample.dtype)
+    widths = [sizes[name] for name in ("N", "K", "C") if name in sizes]
+    default = choose(kernel, sample.device, sample.dtype, *widths)
     if not switched_on():
         return default
     import triton

@@ -27,6 +27,9 @@ Observer = Callable[[Any, Any, dict[str, Any]], None]
 _observer: ContextVar[Observer | None] = ContextVar("rfa_fast_launch_observer", default=None)
 
 MAX_BLOCK_R = 64  # ranks above this are walked in blocks
+# A tile that is wide already walks the rank in the narrowest block a product takes: both factors of a wider
+# one would have to stay in registers beside the accumulator.
+MIN_BLOCK_R = 16
 
 
 @triton.jit

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from rfa_fast.kernels.common import block_r, dot, emulate, launch, narrow, pointer, precision, swizzled
+from rfa_fast.kernels.common import MIN_BLOCK_R, block_r, dot, emulate, launch, narrow, pointer, precision, swizzled
 from rfa_fast.kernels.epilogue import low_rank, spread, squared_error, store_columns
 from rfa_fast.kernels.tuning import Config
 from torch import Tensor
@@ -65,6 +65,7 @@ def linear_forward_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_GROUP: tl.constexpr,
     HAS_GOAL: tl.constexpr,
+    GOAL_ROWS: tl.constexpr,
     HAS_KEPT: tl.constexpr,
     COLUMNS: tl.constexpr,
     EMIT_DELTA: tl.constexpr,
@@ -165,9 +166,14 @@ def linear_forward_kernel(
         kept_at = kept_ptr + kept_row[:, None] + cols[None, :] * stride_kept_n
         tl.store(rows_ptr + block_n * M + rows, squared_error(acc, kept_at, retained, col_in), mask=row_in)
     if HAS_GOAL:
-        goal_row = ((rows // goal_div) % goal_mod) * stride_goal_p
-        goal_at = goal_ptr + goal_row[:, None] + cols[None, :] * stride_goal_n
-        error = squared_error(acc, goal_at, forgotten, col_in)
+        if GOAL_ROWS:
+            goal_row = ((rows // goal_div) % goal_mod) * stride_goal_p
+            goal_at = goal_ptr + goal_row[:, None] + cols[None, :] * stride_goal_n
+            error = squared_error(acc, goal_at, forgotten, col_in)
+        else:  # a vector instead of a tile: what lets a 128 × 256 tile stay in registers
+            goal = tl.load(goal_ptr + cols * stride_goal_n, mask=col_in, other=0.0).to(tl.float32)
+            off = tl.where(forgotten[:, None] & col_in[None, :], acc - goal[None, :], 0.0)
+            error = tl.sum(off * off, axis=1)
         tl.store(rows_ptr + (blocks_n + block_n) * M + rows, error, mask=row_in)
 
 
@@ -250,9 +256,11 @@ def linear_forward(
         stride_bn=lora_b.stride(0), stride_br=lora_b.stride(1), stride_goal_p=aimed.values.stride(0),
         stride_goal_n=aimed.values.stride(1), stride_kept_p=held.values.stride(0), stride_kept_n=held.values.stride(1),
         HAS_PRODUCT=by_vendor, HAS_BIAS=bias is not None and not by_vendor, HAS_GROUP=group is not None,
-        HAS_GOAL=goal is not None, HAS_KEPT=kept is not None, COLUMNS=columns, EMIT_DELTA=emit_delta,
+        HAS_GOAL=goal is not None, GOAL_ROWS=aimed.values.shape[0] != 1,
+        HAS_KEPT=kept is not None, COLUMNS=columns, EMIT_DELTA=emit_delta,
         FUSE_DOWN=fuse_down, EVEN_K=k % config.block_k == 0, PRECISION=precision(x.dtype, x.device), EMULATE=emulate(),
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, BLOCK_R=block_r(rank),
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
+        BLOCK_R=block_r(rank) if fuse_down else MIN_BLOCK_R,
         GROUP_M=config.group_m, num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return LinearForward(

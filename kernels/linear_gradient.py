@@ -58,6 +58,7 @@ def linear_gradient_kernel(
     stride_kept_p,
     stride_kept_n,
     HAS_GOAL: tl.constexpr,
+    GOAL_ROWS: tl.constexpr,
     HAS_KEPT: tl.constexpr,
     WRITE_ALL: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -75,6 +76,8 @@ def linear_gradient_kernel(
     b = tl.load(b_at, mask=col_in[:, None] & rank_in[None, :], other=0.0)
     b = narrow(b.to(tl.float32), DTYPE, EMULATE)
     db = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
+    if HAS_GOAL and not GOAL_ROWS:
+        vector = tl.load(goal_ptr + cols * stride_goal_n, mask=col_in, other=0.0).to(tl.float32)
     for step in range(tl.cdiv(chunk, BLOCK_M)):
         rows = part * chunk + step * BLOCK_M + tl.arange(0, BLOCK_M)
         row_in = rows < M
@@ -90,10 +93,13 @@ def linear_gradient_kernel(
             y = tl.load(y_ptr + rows[:, None] * N + cols[None, :], mask=read, other=0.0).to(tl.float32)
             if HAS_GOAL:
                 weight = tl.load(forget_ptr + rows, mask=codes == 1, other=0.0)
-                goal_row = ((rows // goal_div) % goal_mod) * stride_goal_p
-                goal_at = goal_ptr + goal_row[:, None] + cols[None, :] * stride_goal_n
-                aim = tl.load(goal_at, mask=(codes == 1)[:, None] & col_in[None, :], other=0.0).to(tl.float32)
-                wide += weight[:, None] * (y - aim)
+                if GOAL_ROWS:
+                    goal_row = ((rows // goal_div) % goal_mod) * stride_goal_p
+                    goal_at = goal_ptr + goal_row[:, None] + cols[None, :] * stride_goal_n
+                    aim = tl.load(goal_at, mask=(codes == 1)[:, None] & col_in[None, :], other=0.0).to(tl.float32)
+                    wide += weight[:, None] * (y - aim)
+                else:
+                    wide += weight[:, None] * (y - vector[None, :])
             if HAS_KEPT:
                 weight = tl.load(retain_ptr + rows, mask=codes == 0, other=0.0)
                 kept_row = ((rows // kept_div) % kept_mod) * stride_kept_p
@@ -174,7 +180,8 @@ def linear_gradient(
         stride_gm=grad.stride(0), stride_gn=grad.stride(1), stride_bn=lora_b.stride(0), stride_br=lora_b.stride(1),
         stride_goal_p=aimed.values.stride(0), stride_goal_n=aimed.values.stride(1),
         stride_kept_p=held.values.stride(0), stride_kept_n=held.values.stride(1), HAS_GOAL=goal is not None,
-        HAS_KEPT=kept is not None, WRITE_ALL=whole, PRECISION=precision(hidden.dtype, hidden.device),
+        GOAL_ROWS=aimed.values.shape[0] != 1, HAS_KEPT=kept is not None, WRITE_ALL=whole,
+        PRECISION=precision(hidden.dtype, hidden.device),
         EMULATE=emulate(), BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_R=ranks, num_warps=config.warps,
         num_stages=config.stages,
     )  # fmt: skip

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from rfa_fast.kernels.common import block_r, dot, emulate, launch, narrow, pointer, precision, swizzled
+from rfa_fast.kernels.common import MIN_BLOCK_R, dot, emulate, launch, narrow, pointer, precision, swizzled
 from rfa_fast.kernels.tuning import Config
 from torch import Tensor
 
@@ -79,7 +79,7 @@ def linear_input_gradient_kernel(
             acc = dot(g, w, acc, PRECISION, EMULATE)
             g_at += BLOCK_K * stride_gn
             w_at += BLOCK_K * stride_wn
-    for r0 in range(0, R, BLOCK_R):
+    for r0 in tl.range(0, R, BLOCK_R, num_stages=1):
         ranks = r0 + tl.arange(0, BLOCK_R)
         rank_in = ranks < R
         u_at = u_ptr + rows[:, None] * R + ranks[None, :]
@@ -124,7 +124,7 @@ def linear_input_gradient(
         stride_wn=weight.stride(0), stride_wk=weight.stride(1), stride_ar=lora_a.stride(0), stride_ak=lora_a.stride(1),
         SELECT=select, HAS_PRODUCT=by_vendor, EVEN_N=n % config.block_k == 0,
         PRECISION=precision(weight.dtype, weight.device), EMULATE=emulate(), BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n, BLOCK_K=config.block_k, BLOCK_R=block_r(rank), GROUP_M=config.group_m,
+        BLOCK_N=config.block_n, BLOCK_K=config.block_k, BLOCK_R=MIN_BLOCK_R, GROUP_M=config.group_m,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return dx

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 GENERIC = "generic"
+ALIGNMENT = 16  # elements; what Triton takes for aligned
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 
 
@@ -25,7 +26,8 @@ class Config:
         warps: warps (wavefronts on AMD) per program.
         stages: software pipelining depth of the inner loop.
         group_m: row blocks walked before the next column block.
-        route: `"fused"`: one kernel; `"vendor"`: the vendor's product and small kernels around it.
+        route: `"fused"`: the product in our kernel, h in one before it; `"single"`: h in the same one;
+            `"vendor"`: the vendor's product, and small kernels around it.
     """
 
     block_m: int
@@ -74,40 +76,65 @@ def candidates(kernel: str, target: str) -> tuple[Config, ...]:
     return table.get(target, table[GENERIC])
 
 
-def choose(kernel: str, device: torch.device, dtype: torch.dtype) -> Config:
-    """The configuration a kernel runs with on a device; 4-byte operands get half the depth.
+def choose(kernel: str, device: torch.device, dtype: torch.dtype, *widths: int) -> Config:
+    """The configuration a kernel runs with on a device.
+
+    Args:
+        dtype: of the operands. 4-byte ones take the generic entry at half the depth: exact fp32 products need
+            registers for every operand, and a large tile would spill.
+        widths: lengths of the rows it reads. Where one is not a multiple of 16 elements, loads cannot be
+            vectors, every element needs an address of its own, and such a layer takes the generic entry, too.
 
     Example:
         >>> choose("linear_forward", torch.device("cpu"), torch.float32).block_k
         16
     """
-    config = candidates(kernel, target_of(device))[0]
-    return replace(config, block_k=config.block_k // 2) if dtype.itemsize == 4 and config.block_k > 16 else config
+    narrow = dtype.itemsize < 4
+    aligned = all(width % ALIGNMENT == 0 for width in widths)
+    config = candidates(kernel, target_of(device) if narrow and aligned else GENERIC)[0]
+    return config if narrow or config.block_k <= 16 else replace(config, block_k=config.block_k // 2)
 
 
 # Small enough for 64 KiB of shared memory and 16-bit or 32-bit operands.
 _SMALL = Config(64, 64, 32, warps=4, stages=2)
 
 TABLES: dict[str, dict[str, tuple[Config, ...]]] = {
+    # Compiled with 0 spills in every mode and for ranks up to 64 (docs/kernels.md); 128 × 256 tiles spill with a loss.
     "linear_forward": {
         GENERIC: (_SMALL,),
-        "sm_80": (Config(128, 128, 32, warps=8, stages=3), Config(64, 128, 32, warps=4, stages=4)),
-        "sm_90": (Config(128, 128, 64, warps=8, stages=3), Config(128, 256, 64, warps=8, stages=3)),
-        "sm_100": (Config(128, 128, 64, warps=8, stages=3), Config(128, 256, 64, warps=8, stages=3)),
-        "sm_120": (Config(128, 128, 32, warps=8, stages=3), Config(64, 128, 32, warps=4, stages=3)),
+        "sm_80": (Config(128, 128, 32, warps=8, stages=4), Config(64, 128, 32, warps=8, stages=4)),
+        "sm_90": (Config(128, 128, 64, warps=8, stages=4), Config(64, 128, 64, warps=8, stages=4)),
+        "sm_100": (Config(128, 128, 64, warps=8, stages=4), Config(64, 128, 64, warps=8, stages=4)),
+        "sm_120": (Config(128, 128, 64, warps=8, stages=3), Config(64, 128, 64, warps=8, stages=3)),
         "gfx942": (Config(128, 128, 64, warps=8, stages=2), Config(64, 128, 64, warps=4, stages=2)),
     },
     "linear_input_gradient": {
         GENERIC: (_SMALL,),
-        "sm_80": (Config(128, 128, 32, warps=8, stages=3), Config(64, 128, 32, warps=4, stages=4)),
-        "sm_90": (Config(128, 128, 64, warps=8, stages=3), Config(128, 256, 64, warps=8, stages=3)),
-        "sm_100": (Config(128, 128, 64, warps=8, stages=3), Config(128, 256, 64, warps=8, stages=3)),
-        "sm_120": (Config(128, 128, 32, warps=8, stages=3), Config(64, 128, 32, warps=4, stages=3)),
+        "sm_80": (Config(128, 128, 32, warps=8, stages=4), Config(64, 128, 32, warps=8, stages=4)),
+        "sm_90": (Config(128, 128, 64, warps=8, stages=4), Config(64, 128, 64, warps=8, stages=4)),
+        "sm_100": (Config(128, 128, 64, warps=8, stages=4), Config(64, 128, 64, warps=8, stages=4)),
+        "sm_120": (Config(128, 128, 32, warps=8, stages=4), Config(64, 128, 32, warps=8, stages=4)),
         "gfx942": (Config(128, 128, 64, warps=8, stages=2), Config(64, 128, 64, warps=4, stages=2)),
     },
-    "linear_gradient": {GENERIC: (Config(64, 128, 0, warps=4, stages=2),)},
-    "lora_down": {GENERIC: (Config(32, 0, 128, warps=4, stages=3),)},
-    "lora_a_gradient": {GENERIC: (Config(64, 0, 128, warps=4, stages=2),)},
+    # Blocks of 128 columns: each leaves a partial U behind, and narrower ones would move more than half of what an
+    # unfused backward does. How tall they are is a matter of registers.
+    "linear_gradient": {
+        GENERIC: (Config(16, 128, 0, warps=8, stages=2),),
+        "sm_80": (Config(32, 128, 0, warps=8, stages=2), Config(64, 64, 0, warps=8, stages=2)),
+        "sm_90": (Config(64, 128, 0, warps=8, stages=2), Config(32, 128, 0, warps=8, stages=2)),
+        "sm_100": (Config(64, 128, 0, warps=8, stages=2), Config(32, 128, 0, warps=8, stages=2)),
+        "sm_120": (Config(32, 128, 0, warps=8, stages=2), Config(64, 64, 0, warps=8, stages=2)),
+        "gfx942": (Config(32, 128, 0, warps=4, stages=2), Config(16, 128, 0, warps=4, stages=2)),
+    },
+    "lora_down": {
+        GENERIC: (Config(16, 0, 64, warps=2, stages=3),),
+        "sm_80": (Config(16, 0, 128, warps=4, stages=3),),
+        "sm_90": (Config(16, 0, 128, warps=4, stages=3),),
+        "sm_100": (Config(16, 0, 128, warps=4, stages=3),),
+        "sm_120": (Config(16, 0, 128, warps=4, stages=3),),
+        "gfx942": (Config(32, 0, 64, warps=4, stages=2),),
+    },
+    "lora_a_gradient": {GENERIC: (Config(32, 0, 128, warps=4, stages=2),)},
     "feature_mean": {GENERIC: (Config(0, 128, 0, warps=4, stages=1),)},
     "row_error": {GENERIC: (Config(8, 512, 0, warps=4, stages=1),)},
     # A row's logits go by once: a program per row, as many bytes in flight as its registers hold.
@@ -130,23 +157,38 @@ TABLES: dict[str, dict[str, tuple[Config, ...]]] = {
     },
     "conv2d_forward": {
         GENERIC: (_SMALL,),
-        "sm_80": (Config(128, 128, 32, warps=8, stages=3), Config(128, 64, 32, warps=4, stages=4)),
-        "sm_90": (Config(128, 128, 64, warps=8, stages=3), Config(128, 64, 64, warps=4, stages=3)),
-        "sm_100": (Config(128, 128, 64, warps=8, stages=3), Config(128, 64, 64, warps=4, stages=3)),
-        "sm_120": (Config(128, 128, 32, warps=8, stages=3), Config(128, 64, 32, warps=4, stages=3)),
+        "sm_80": (Config(128, 128, 32, warps=8, stages=3), Config(64, 64, 32, warps=4, stages=4)),
+        "sm_90": (Config(128, 128, 64, warps=8, stages=3), Config(64, 64, 64, warps=4, stages=3)),
+        "sm_100": (Config(128, 128, 64, warps=8, stages=3), Config(64, 64, 64, warps=4, stages=3)),
+        "sm_120": (Config(128, 128, 32, warps=8, stages=3), Config(64, 64, 32, warps=4, stages=4)),
         "gfx942": (Config(128, 128, 64, warps=8, stages=2), Config(64, 128, 64, warps=4, stages=2)),
     },
     "conv2d_input_gradient": {
         GENERIC: (_SMALL,),
-        "sm_80": (Config(128, 128, 32, warps=8, stages=3), Config(128, 64, 32, warps=4, stages=4)),
-        "sm_90": (Config(128, 128, 64, warps=8, stages=3), Config(128, 64, 64, warps=4, stages=3)),
-        "sm_100": (Config(128, 128, 64, warps=8, stages=3), Config(128, 64, 64, warps=4, stages=3)),
-        "sm_120": (Config(128, 128, 32, warps=8, stages=3), Config(128, 64, 32, warps=4, stages=3)),
+        "sm_80": (Config(128, 128, 32, warps=8, stages=3), Config(64, 64, 32, warps=4, stages=4)),
+        "sm_90": (Config(128, 128, 64, warps=8, stages=3), Config(64, 64, 64, warps=4, stages=3)),
+        "sm_100": (Config(128, 128, 64, warps=8, stages=3), Config(64, 64, 64, warps=4, stages=3)),
+        "sm_120": (Config(128, 128, 32, warps=8, stages=3), Config(64, 64, 32, warps=4, stages=4)),
         "gfx942": (Config(128, 128, 64, warps=8, stages=2), Config(64, 128, 64, warps=4, stages=2)),
     },
-    # 16 places × 64 channels, 8 samples to a program; 4 chunks of the samples where statistics are taken.
-    "conv2d_epilogue": {GENERIC: (Config(16, 64, 8, warps=4, stages=1, group_m=4),)},
-    "conv2d_gradient": {GENERIC: (Config(32, 128, 0, warps=4, stages=2),)},
-    "conv2d_lora_a_gradient": {GENERIC: (Config(64, 0, 128, warps=4, stages=2),)},
+    # 16 places × 64 channels, 8 samples to a program; 3 chunks of the samples where statistics are taken, because a
+    # chunk's statistics are as large as three samples of y in fp32.
+    "conv2d_epilogue": {GENERIC: (Config(16, 64, 8, warps=4, stages=3, group_m=3),)},
+    "conv2d_gradient": {
+        GENERIC: (Config(32, 64, 0, warps=8, stages=2),),
+        "sm_80": (Config(32, 64, 0, warps=4, stages=2),),
+        "sm_90": (Config(32, 128, 0, warps=8, stages=2),),
+        "sm_100": (Config(32, 128, 0, warps=8, stages=2),),
+        "sm_120": (Config(32, 128, 0, warps=8, stages=2),),
+        "gfx942": (Config(32, 64, 0, warps=4, stages=2),),
+    },
+    "conv2d_lora_a_gradient": {
+        GENERIC: (Config(32, 0, 128, warps=4, stages=2),),
+        "sm_80": (Config(64, 0, 128, warps=8, stages=2),),
+        "sm_90": (Config(64, 0, 128, warps=8, stages=2),),
+        "sm_100": (Config(32, 0, 128, warps=4, stages=3),),
+        "sm_120": (Config(32, 0, 128, warps=4, stages=3),),
+    },
+    "conv2d_retain": {GENERIC: (Config(64, 0, 0, warps=4, stages=1),)},
     "conv2d_sample_mean": {GENERIC: (Config(16, 64, 0, warps=4, stages=1),)},
 }

@@ -134,7 +134,10 @@ def check_linear_gradient(case):
     if taught:
         total = total + retain.double()[:, None] * (y.double() - kept.double())
     written = torch.ones(m, dtype=torch.bool) if whole else ((group >= 0) if taught else (group == 1))
-    bound = 2 * torch.finfo(dtype).eps * float(total.abs().max())
+    # Of the terms, not of their sum, which may cancel.
+    terms = g.abs().max() + forget.max() * (y.abs().max() + goal.abs().max())
+    terms = terms + retain.max() * (y.abs().max() + kept.abs().max())
+    bound = 2 * torch.finfo(dtype).eps * float(terms)
     assert float((out.changed.double() - total)[written].abs().max() if written.any() else 0) <= bound
     assert bool(out.changed[~written].isnan().all())
     rounded = torch.where(written[:, None], out.changed, g)

@@ -1,0 +1,227 @@
+"""The adapted convolution in plain torch, forward and backward by hand; and what the kernels share with it.
+
+Shapes: x (B, C, H, W), weight (N, C/g, kh, kw), lora_a (g·R, C/g, kh, kw), lora_b (N, R, 1, 1), group (B,) int8; h as
+rows (B·H'·W', g·R); x̃ and x'_t expanded to y's shape (B, N, H', W'). A unit of the losses is a sample. With h = A ∗ x,
+s the scale, w the weight of a sample, and ᵀ for the transposed convolution::
+
+    G' = G + w_f (y − x̃)        U = s G' B + w_r s² h BᵀB        dX = Wᵀ ∗ G' + Aᵀ ∗ U
+    dA = Σ U ⊗ windows of x      dB = s G'ᵀ h + s² B (Hᵀ diag(w_r) H), group by group
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rfa_fast.kernels.conv2d_geometry import convolution, geometry, input_gradient, weight_gradient
+from rfa_fast.objective import FORGET, RETAIN, accumulation_dtype, group_mean
+from rfa_fast.ops.rows import row_weights
+
+
+class Convolution(NamedTuple):
+    """The results of `conv2d_forward`; a field that was not asked for is an empty tensor.
+
+    Attributes:
+        output: y `(B, N, H', W')`.
+        residual: Δ, likewise.
+        hidden: h `(B·H'·W', g·R)`.
+        mean: x̃ `(1, N, H', W')` in the dtype of sums, where it was computed inside.
+        retain_norms, forget_norms: ‖e‖ of each sample `(B,)`, for the unsquared norm.
+        retain_loss, forget_loss: 0-dim.
+    """
+
+    output: Tensor
+    residual: Tensor
+    hidden: Tensor
+    mean: Tensor
+    retain_norms: Tensor
+    forget_norms: Tensor
+    retain_loss: Tensor
+    forget_loss: Tensor
+
+
+def as_image(rows: Tensor, like: Tensor) -> Tensor:
+    """Rows `(B·H'·W', C)` as `(B, C, H', W')`, a view."""
+    batch, _, height, width = like.shape
+    return rows.reshape(batch, height, width, -1).permute(0, 3, 1, 2)
+
+
+def as_rows(image: Tensor) -> Tensor:
+    """`(B, C, H, W)` as `(B·H·W, C)`, contiguous."""
+    return image.permute(0, 2, 3, 1).reshape(-1, image.shape[1])
+
+
+def by_group(image: Tensor, groups: int) -> Tensor:
+    """`(B, C, H, W)` as `(B, g, C/g, H, W)`, a view."""
+    return image.view(image.shape[0], groups, -1, *image.shape[2:])
+
+
+def low_rank(hidden: Tensor, lora_b: Tensor, like: Tensor, groups: int, scale: float) -> Tensor:
+    """Δ `(B, N, H', W')` from h; `like` has the sizes."""
+    return scale * F.conv2d(as_image(hidden, like), lora_b.to(hidden.dtype), groups=groups)
+
+
+def losses(retain: Tensor, forget: Tensor, l2: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Norms and sums from squared errors per sample `(B,)`; without l2 a sum may come as any shape."""
+    if not l2:
+        return retain.new_empty(0), retain.new_empty(0), retain.sum(), forget.sum()
+    norms = retain.sqrt(), forget.sqrt()
+    return *norms, norms[0].sum(), norms[1].sum()
+
+
+def retain_energy(hidden: Tensor, lora_b: Tensor, group: Tensor, groups: int, scale: float) -> Tensor:
+    """‖Δ‖² of each retain sample from R × R: s² Σ h (BᵀB) hᵀ over its pixels and groups, `(B,)`."""
+    rank = lora_b.shape[1]
+    wide = accumulation_dtype(hidden.dtype)
+    h = hidden.reshape(group.shape[0], -1, groups, rank)
+    h = torch.where((group == RETAIN)[:, None, None, None], h, 0).to(wide)
+    up = lora_b.to(wide).reshape(groups, -1, rank)
+    return scale**2 * (torch.einsum("bpgr,grs->bpgs", h, up.mT @ up) * h).sum((1, 2, 3)).clamp(min=0)
+
+
+def aimed_codes(group: Tensor, target_given: bool) -> Tensor:
+    """The codes, with forget samples ignored where no retain sample gives them an x̃."""
+    return group if target_given else torch.where((group == RETAIN).any() | (group == RETAIN), group, -1)
+
+
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, stride: list[int],
+    padding: list[int], dilation: list[int], groups: int, group: Tensor | None, target: Tensor | None,
+    kept: Tensor | None, scale: float, l2: bool, emit_residual: bool,
+) -> Convolution:  # fmt: skip
+    """`rfa_fast::conv2d_forward` in torch."""
+    where = geometry(x, weight, stride, padding, dilation, groups)
+    wide = accumulation_dtype(x.dtype)
+    down = convolution(x, lora_a.to(x.dtype), where)
+    hidden = as_rows(down)
+    frozen = convolution(x, weight, where)
+    if bias is not None:
+        frozen = frozen + bias[:, None, None]
+    delta = low_rank(hidden, lora_b, frozen, groups, scale)
+    output = frozen + delta
+    residual = delta if emit_residual else x.new_empty(0)
+    none = x.new_empty(0, dtype=wide)
+    if group is None:
+        return Convolution(output, residual, hidden, none, none.clone(), none.clone(), none.sum(), none.sum())
+    mean, goal = none, target
+    if goal is None:
+        mean = group_mean(frozen, group, (0,))[0][None]
+        goal = mean
+    selected = aimed_codes(group, target is not None) == FORGET
+    forget = _sample_errors(output, goal, selected)
+    if kept is None:
+        retain = retain_energy(hidden, lora_b, group, groups, scale)
+    else:
+        retain = _sample_errors(output, kept, group == RETAIN)
+    return Convolution(output, residual, hidden, mean, *losses(retain, forget, l2))
+
+
+def _sample_errors(output: Tensor, goal: Tensor, selected: Tensor) -> Tensor:
+    off = torch.where(selected[:, None, None, None], output.to(accumulation_dtype(output.dtype)) - goal, 0)
+    return off.square().sum((1, 2, 3))
+
+
+class Weights(NamedTuple):
+    """w_f and w_r, `(B,)`; `None` where nobody asked for that loss."""
+
+    forget: Tensor | None
+    retain: Tensor | None
+
+
+def sample_weights(
+    group: Tensor | None, retain_grad: Tensor | None, forget_grad: Tensor | None, target_given: bool,
+    retain_norms: Tensor, forget_norms: Tensor, l2: bool,
+) -> Weights:  # fmt: skip
+    """What each sample's error is multiplied with in the gradient."""
+    forget = retain = None
+    if group is not None and forget_grad is not None:
+        chosen = aimed_codes(group, target_given) == FORGET
+        forget = row_weights(forget_grad, chosen, forget_norms if l2 else None, 1)
+    if group is not None and retain_grad is not None:
+        retain = row_weights(retain_grad, group == RETAIN, retain_norms if l2 else None, 1)
+    return Weights(forget, retain)
+
+
+def thin_terms(
+    up: Tensor, grad_b: Tensor, residual_grad: Tensor | None, hidden: Tensor, lora_b: Tensor, retain: Tensor | None,
+    groups: int, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """U and dB with what does not come from G': the r × r retain term, and a gradient of the residual itself."""
+    dtype, rank = accumulation_dtype(hidden.dtype), lora_b.shape[1]
+    rows = hidden.shape[0]
+    wide = hidden.to(dtype).reshape(rows, groups, rank)
+    lifted = lora_b.to(dtype).reshape(groups, -1, rank)
+    if retain is not None:
+        weighted = retain.repeat_interleave(rows // retain.shape[0], output_size=rows)[:, None, None] * wide
+        up = up + scale**2 * torch.einsum("mgr,grs->mgs", weighted, lifted.mT @ lifted).reshape(rows, -1)
+        gram = torch.einsum("mgr,mgs->grs", wide, weighted)
+        grad_b = grad_b + scale**2 * (lifted @ gram).reshape(grad_b.shape)
+    if residual_grad is not None:
+        off = as_rows(residual_grad).to(dtype).reshape(rows, groups, -1)
+        up = up + scale * torch.einsum("mgn,gnr->mgr", off, lifted).reshape(rows, -1)
+        grad_b = grad_b + scale * torch.einsum("mgn,mgr->gnr", off, wide).reshape(grad_b.shape)
+    return up.contiguous(), grad_b
+
+
+def backward(
+    grad: Tensor, residual_grad: Tensor | None, retain_grad: Tensor | None, forget_grad: Tensor | None, x: Tensor,
+    weight: Tensor, lora_a: Tensor, lora_b: Tensor, stride: list[int], padding: list[int], dilation: list[int],
+    groups: int, group: Tensor | None, goal: Tensor | None, target_given: bool, kept: Tensor | None, hidden: Tensor,
+    output: Tensor, retain_norms: Tensor, forget_norms: Tensor, scale: float, l2: bool, needs_x: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`rfa_fast::conv2d_backward` in torch."""
+    where = geometry(x, weight, stride, padding, dilation, groups)
+    w = sample_weights(group, retain_grad, forget_grad, target_given, retain_norms, forget_norms, l2)
+    changed, wide, rank = grad, accumulation_dtype(x.dtype), lora_b.shape[1]
+    for aim, each in ((goal, w.forget), (kept, w.retain)):
+        if aim is not None and each is not None:
+            factor = each[:, None, None, None]
+            changed = changed.to(wide) + factor * torch.where(factor != 0, output.to(wide) - aim, 0)
+    changed = changed.to(x.dtype)
+    rows = as_rows(changed).reshape(hidden.shape[0], groups, -1)
+    lifted = lora_b.to(x.dtype).reshape(groups, -1, rank)
+    up = scale * torch.einsum("mgn,gnr->mgr", rows, lifted).reshape(hidden.shape).to(wide)
+    thin = hidden.reshape(-1, groups, rank)
+    grad_b = scale * torch.einsum("mgn,mgr->gnr", rows, thin).reshape(-1, rank).to(wide)
+    retain = None if kept is not None else w.retain
+    up, grad_b = thin_terms(up, grad_b, residual_grad, hidden, lora_b, retain, groups, scale)
+    image = as_image(up.to(x.dtype), output)
+    grad_x = x.new_empty(0)
+    if needs_x:
+        grad_x = input_gradient(changed, weight, where) + input_gradient(image, lora_a.to(x.dtype), where)
+    grad_a = weight_gradient(image, x, lora_a.shape[0], where)
+    return grad_x, grad_a.to(lora_a.dtype), grad_b.reshape(lora_b.shape).to(lora_b.dtype)
+
+
+def remember(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """What autograd keeps of a forward."""
+    x, weight, _, a, b, stride, padding, dilation, groups, group, target, kept, scale, l2, emit = inputs
+    result = Convolution(*output)
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(result.hidden, result.mean, result.retain_norms, result.forget_norms)
+    goal = result.mean if target is None else target
+    ctx.save_for_backward(
+        x, weight, a, b, group, goal, kept, result.hidden, result.output, result.retain_norms, result.forget_norms
+    )
+    ctx.options = (stride, padding, dilation, groups, target is not None, scale, l2, emit)
+
+
+def derivative(
+    operator: Any, ctx: Any, grad: Tensor | None, residual: Tensor | None, *rest: Tensor | None
+) -> tuple[Any, ...]:
+    """The gradients of a forward's inputs, by `operator` (the backward)."""
+    x, weight, a, b, group, goal, kept, hidden, output, retain_norms, forget_norms = ctx.saved_tensors
+    stride, padding, dilation, groups, given, scale, l2, emit = ctx.options
+    retain_grad, forget_grad = rest[-2:]
+    if grad is None:
+        grad = torch.zeros_like(output)
+    goal = None if group is None else goal.expand(output.shape)
+    grads = operator(
+        grad, residual if emit else None, retain_grad, forget_grad, x, weight, a, b, stride, padding, dilation, groups,
+        group, goal, given, kept, hidden, output, retain_norms, forget_norms, scale, l2, ctx.needs_input_grad[0],
+    )  # fmt: skip
+    grad_x = grads[0] if ctx.needs_input_grad[0] else None
+    return grad_x, None, None, grads[1], grads[2], *([None] * 10)
