@@ -11,6 +11,7 @@ from rfa_fast.kernels.conv2d_geometry import Geometry, geometry
 from rfa_fast.kernels.conv2d_gradient import conv2d_gradient
 from rfa_fast.kernels.conv2d_input_gradient import conv2d_input_gradient
 from rfa_fast.kernels.conv2d_lora_a_gradient import conv2d_lora_a_gradient
+from rfa_fast.kernels.conv2d_retain import conv2d_retain_energy, conv2d_retain_gradient
 from rfa_fast.kernels.conv2d_sample_mean import conv2d_sample_mean
 from rfa_fast.kernels.tuning import Config
 from shapes import Case, meta, meta_image
@@ -150,11 +151,34 @@ def _sample_mean(config: Config, dtype: torch.dtype, rank: int) -> dict[str, Cas
     }
 
 
+def _retain(config: Config, dtype: torch.dtype, rank: int) -> dict[str, Case]:
+    def energy(layer: Layer) -> Case:
+        return lambda: conv2d_retain_energy(
+            layer.hidden, meta(1, rank, rank), layer.group, pixels=layer.where.pixels, config=config
+        )
+
+    def gradient(layer: Layer, parts: int, *, retain: bool = True) -> Case:
+        up = meta_image(layer.batch, rank, *layer.out_shape[2:], dtype=dtype).unflatten(1, (1, -1))
+        return lambda: conv2d_retain_gradient(
+            meta(parts, layer.rows, rank), layer.hidden, up, meta(1, rank, rank), meta(layer.batch) if retain else None,
+            config=config,
+        )  # fmt: skip
+
+    return {
+        "energy": energy(Layer(dtype, rank)),
+        "gradient": gradient(Layer(dtype, rank), 2),
+        "sum of U alone": gradient(Layer(dtype, rank), 2, retain=False),
+        "unaligned, energy": energy(Layer(dtype, rank, odd=True)),
+        "unaligned, gradient": gradient(Layer(dtype, rank, odd=True), 3),
+    }
+
+
 CONV2D: dict[str, Callable[[Config, torch.dtype, int], dict[str, Case]]] = {
     "conv2d_forward": _forward,
     "conv2d_input_gradient": _input_gradient,
     "conv2d_epilogue": _epilogue,
     "conv2d_gradient": _gradient,
     "conv2d_lora_a_gradient": _lora_a_gradient,
+    "conv2d_retain": _retain,
     "conv2d_sample_mean": _sample_mean,
 }

@@ -71,6 +71,7 @@ class Compiled:
         shared: bytes per block.
         threads: per block.
         matrix: how often each matrix instruction stands in the code.
+        waves: AMD: waves per SIMD that LLVM itself computes from the registers; 0 elsewhere.
     """
 
     kernel: str
@@ -80,6 +81,7 @@ class Compiled:
     shared: int
     threads: int
     matrix: dict[str, int]
+    waves: int = 0
 
     @property
     def instruction(self) -> str:
@@ -118,8 +120,9 @@ def compile_launch(launch: Launch, target: str) -> Compiled:
     else:
         registers, spilled = _read_nvidia(built.asm["cubin"])
         threads = _number(r"\.(?:reqntid|maxntid)\s+(\d+)", assembly)
-    matrix = Counter(ANY_MATRIX_INSTRUCTION.findall(assembly))
-    return Compiled(launch.name, target, registers, spilled, built.metadata.shared, threads, dict(matrix))
+    matrix = dict(Counter(ANY_MATRIX_INSTRUCTION.findall(assembly)))
+    waves = _number(r"; Occupancy: (\d+)", assembly) if target.startswith("gfx") else 0
+    return Compiled(launch.name, target, registers, spilled, built.metadata.shared, threads, matrix, waves)
 
 
 def _read_nvidia(cubin: bytes) -> tuple[int, int]:

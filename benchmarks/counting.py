@@ -153,6 +153,8 @@ def _short_cuts(touch: Callable[[Any, Any, int, bool], None], values: bool) -> I
 
     with ExitStack() as stack:
         stack.enter_context(patch.object(interpreter, "_patch_lang", patch_once))
+        unchecked = interpreter.InterpreterOptions(sanitize_overflow=values)
+        stack.enter_context(patch.object(interpreter.interpreter_builder, "options", unchecked))
         replace = [("create_masked_load", counted_load), ("create_masked_store", counted_store)]
         replace += [] if values else [("create_dot", no_dot), ("cast_impl", no_cast)]
         for name, function in replace:

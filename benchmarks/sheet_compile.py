@@ -108,8 +108,8 @@ def _takes(job: Job, case: str, dtype: str) -> bool:
 
 def _compile(job: Job, case: str, dtype: str, run: object) -> Compiled:
     launches = capture(run)  # type: ignore[arg-type]
-    if len(launches) != 1 or launches[0].name != job.kernel:
-        raise RuntimeError(f"{job.kernel}, {case}: got {[x.name for x in launches]}, expected one launch of it")
+    if len(launches) != 1:
+        raise RuntimeError(f"{job.kernel}, {case}: got {[x.name for x in launches]}, expected one launch")
     try:
         return compile_launch(launches[0], job.target)
     except Exception as error:

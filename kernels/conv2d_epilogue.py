@@ -39,7 +39,7 @@ def conv2d_epilogue_kernel(
     hidden_ptr,  # (B·H'·W', g·R): where h is copied to
     columns_ptr,  # (chunks, 3, N·H'·W') fp32, in the order of y
     counts_ptr,  # (chunks, 2) fp32: retain and forget samples
-    errors_ptr,  # (2, tiles, B) fp32: squared errors of retain and forget samples
+    errors_ptr,  # (planes, tiles, B) fp32: squared errors of retain samples (HAS_KEPT), then of forget samples
     SAMPLES,
     N,  # outputs per group
     R,
@@ -102,7 +102,9 @@ def conv2d_epilogue_kernel(
     h_from = h_ptr + conv_group * stride_hg
     first_n = block == conv_group * blocks_n
     tile = block * tl.num_programs(0) + block_m
-    tiles = tl.num_programs(0) * tl.num_programs(1)
+    goal_plane = 0
+    if HAS_KEPT:
+        goal_plane = tl.num_programs(0) * tl.num_programs(1)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + channels, mask=col_in, other=0.0).to(tl.float32)
     if HAS_GOAL:
@@ -159,7 +161,7 @@ def conv2d_epilogue_kernel(
             tl.store(errors_ptr + tile * SAMPLES + sample, tl.sum(error, axis=0))
         if HAS_GOAL:
             error = squared_error(acc, goal_at + sample * stride_goal_b, place_in & (code == 1), col_in)
-            tl.store(errors_ptr + (tiles + tile) * SAMPLES + sample, tl.sum(error, axis=0))
+            tl.store(errors_ptr + (goal_plane + tile) * SAMPLES + sample, tl.sum(error, axis=0))
         if HAS_COLUMNS:
             forgotten += (code == 1).to(tl.float32)
             off = tl.where(code == 1, acc - mean, 0.0)
@@ -236,8 +238,8 @@ def conv2d_epilogue(
     copied = output.new_empty((samples * pixels, groups * rank)) if copy_hidden else None
     sums = torch.empty((chunks, 3, outputs * pixels), **wide) if columns else None
     counts = torch.empty((chunks, 2), **wide) if columns else None
-    measured = goal is not None or kept is not None
-    errors = torch.empty((2, grid_m * grid_n, samples), **wide) if measured else None
+    planes = (kept is not None) + (goal is not None)
+    errors = torch.empty((planes, grid_m * grid_n, samples), **wide) if planes else None
     aimed, held = (output if t is None else dense_pixels(t) for t in (goal, kept))
     product_p, output_p = pixel_stride(product[:, 0]), pixel_stride(output)
     unit = common_unit(product.stride(0), product.stride(1), output.stride(0), pixels if output_p == 1 else output_p)
@@ -270,5 +272,5 @@ def conv2d_epilogue(
     per_sample = None if errors is None else errors.sum(1)
     return Conv2dEpilogue(
         copied, sums, counts, None if kept is None or per_sample is None else per_sample[0],
-        None if goal is None or per_sample is None else per_sample[1],
+        None if goal is None or per_sample is None else per_sample[-1],
     )  # fmt: skip

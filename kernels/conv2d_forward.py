@@ -59,7 +59,7 @@ def conv2d_forward_kernel(
     goal_ptr,  # (B, N, H'·W'): x̃
     kept_ptr,  # (B, N, H'·W'): x'_t
     y_ptr,  # (B, N, H'·W')
-    rows_ptr,  # (2, g·blocks_n, M) fp32: squared errors of retain and forget pixels
+    rows_ptr,  # (planes, g·blocks_n, M) fp32: squared errors of retain pixels (HAS_KEPT), then of forget pixels
     M,
     N,  # outputs per group
     C,  # inputs per group
@@ -196,11 +196,11 @@ def conv2d_forward_kernel(
         kept_row = sample * stride_kept_b + place.to(tl.int64) * stride_kept_p
         kept_at = kept_ptr + kept_row[:, None] + channels[None, :] * stride_kept_n
         tl.store(rows_ptr + block * M + rows, squared_error(acc, kept_at, codes == 0, col_in), mask=row_in)
+        block += GROUPS * blocks_n
     if HAS_GOAL:
         goal_row = sample * stride_goal_b + place.to(tl.int64) * stride_goal_p
         goal_at = goal_ptr + goal_row[:, None] + channels[None, :] * stride_goal_n
-        error = squared_error(acc, goal_at, codes == 1, col_in)
-        tl.store(rows_ptr + (GROUPS * blocks_n + block) * M + rows, error, mask=row_in)
+        tl.store(rows_ptr + block * M + rows, squared_error(acc, goal_at, codes == 1, col_in), mask=row_in)
 
 
 class Conv2dForward(NamedTuple):
@@ -264,16 +264,16 @@ def conv2d_forward(
     hidden = x.new_empty((m, groups * rank)) if hidden is None else hidden
     config = fit(config, outputs // groups, x.shape[1] // groups)
     blocks = groups * triton.cdiv(outputs // groups, config.block_n)
-    measured = goal is not None or kept is not None
-    rows = torch.empty((2, blocks, m), dtype=torch.float32, device=x.device) if measured else None
+    planes = (kept is not None) + (goal is not None)
+    rows = torch.empty((planes, blocks, m), dtype=torch.float32, device=x.device) if planes else None
     _launch(
         x, weight, bias, lora_a, lora_b, hidden, output, where, config, group=group, goal=goal, kept=kept,
         rows=rows, scale=scale, source=DOWN_FUSED if fused else DOWN_READ,
     )  # fmt: skip
-    sums = None if rows is None else rows.view(2, blocks, x.shape[0], where.pixels).sum((1, 3))
+    sums = None if rows is None else rows.view(planes, blocks, x.shape[0], where.pixels).sum((1, 3))
     return Conv2dForward(
         output, hidden, None if kept is None or sums is None else sums[0],
-        None if goal is None or sums is None else sums[1],
+        None if goal is None or sums is None else sums[-1],
     )  # fmt: skip
 
 

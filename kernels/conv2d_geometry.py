@@ -199,6 +199,31 @@ def common_unit(*strides: int) -> int:
     return next(unit for unit in (8, 4, 2, 1) if all(stride % unit == 0 for stride in strides))
 
 
+def joint_weight(weight: Tensor, lora_a: Tensor, groups: int, layout: torch.memory_format) -> Tensor:
+    """W and A side by side, group by group, so that one convolution makes x' and h from one read of x.
+
+    A group's rows are `[W; A; 0]`, filled up to a multiple of 8, which is what tensor cores take.
+
+    Returns:
+        `(g · J, C/g, kh, kw)` in weight's dtype; the joint output's channels of a group are N/g of x', R of h, rest.
+
+    Example:
+        >>> joint_weight(torch.ones(4, 1, 1, 1), torch.ones(2, 1, 1, 1), 2, torch.contiguous_format).flatten()
+        tensor([1., 1., 1., 0., 0., 0., 0., 0., 1., 1., 1., 0., 0., 0., 0., 0.])
+    """
+    each, rank, window = weight.shape[0] // groups, lora_a.shape[0] // groups, weight.shape[1:]
+    narrow = lora_a.to(weight.dtype).contiguous(memory_format=layout)
+    weight = weight.contiguous(memory_format=layout)
+    parts = [weight] if groups == 1 else [weight.reshape(groups, each, *window)]
+    parts.append(narrow if groups == 1 else narrow.reshape(groups, rank, *window))
+    missing = -(each + rank) % 8
+    if missing:
+        rest = torch.zeros((missing, *window), dtype=weight.dtype, device=weight.device)
+        parts.append(rest.contiguous(memory_format=layout) if groups == 1 else rest.expand(groups, *rest.shape))
+    joint = torch.cat(parts, 0 if groups == 1 else 1)
+    return joint if groups == 1 else joint.flatten(0, 1).contiguous(memory_format=layout)
+
+
 def convolution(x: Tensor, weight: Tensor, where: Geometry) -> Tensor:
     """`weight ∗ x` by the vendor's library, without a bias.
 

@@ -145,7 +145,7 @@ class Conv2dGradient(NamedTuple):
     """What the pass leaves behind.
 
     Attributes:
-        up: U `(M, g·R)` fp32, without the retain term of residual mode.
+        up: U in parts, one per block of channels, `(P, M, g·R)` fp32, without the retain term of residual mode.
         lora_b: dB `(N, R)` fp32, likewise.
     """
 
@@ -196,7 +196,7 @@ def conv2d_gradient(
     up = torch.empty((blocks_n, samples * pixels, groups * rank), **wide)
     down = torch.empty((chunks * grid_m, outputs, rank), **wide)
     if samples == 0:
-        return Conv2dGradient(up.sum(0), down.zero_().sum(0))
+        return Conv2dGradient(up, down.zero_().sum(0))
     grad = dense_pixels(grad)
     aimed, held = (output if t is None else dense_pixels(t) for t in (goal, kept))
     target = output.view(samples, groups, each, out_height, out_width) if changed is None else changed
@@ -223,4 +223,4 @@ def conv2d_gradient(
         UNIT_P=unit_p, PRECISION=precision(hidden.dtype, hidden.device), EMULATE=emulate(), BLOCK_M=block_m,
         BLOCK_N=block_n, BLOCK_R=ranks, num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
-    return Conv2dGradient(up[0] if blocks_n == 1 else up.sum(0), down.sum(0))
+    return Conv2dGradient(up, down.sum(0))

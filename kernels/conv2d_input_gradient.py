@@ -1,6 +1,6 @@
 """dX of a convolution as one implicit product: `dX = Wᵀ ∗ G' + Aᵀ ∗ U`, both transposed convolutions.
 
-Shapes: G' (B, N, H', W'), W (N, C/g, kh, kw), U (M, g·R) fp32, A (g·R, C/g, kh, kw), dX (B, C, H, W).
+Shapes: G' (B, N, H', W'), W (N, C/g, kh, kw), U (B, g·R, H', W'), A (g·R, C/g, kh, kw), dX (B, C, H, W).
 
 Input (ih, iw) was seen by output (oh, ow) through tap (i, j) iff `oh · stride_h = ih + top − i · dilation_h`, and
 likewise across. Under a stride most pairs of an input and a tap have no such output, so inputs are taken by their
@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from rfa_fast.kernels.common import block_r, dot, emulate, launch, narrow, precision, swizzled
 from rfa_fast.kernels.conv2d_forward import fit, pixel
-from rfa_fast.kernels.conv2d_geometry import Geometry
+from rfa_fast.kernels.conv2d_geometry import Geometry, pixel_stride
 from rfa_fast.kernels.tuning import Config
 from torch import Tensor
 
@@ -39,7 +39,7 @@ def phase_taps(phase, before, kernel, stride, dilation, divisor, inverse):
 def conv2d_input_gradient_kernel(
     g_ptr,  # (B, N, H', W')
     w_ptr,  # (N, C/g, kh, kw)
-    u_ptr,  # (M, g·R) fp32
+    u_ptr,  # (B, g, R, H'·W')
     a_ptr,  # (g·R, C/g, kh, kw)
     dx_ptr,  # (B, C, H, W)
     SAMPLES,
@@ -52,7 +52,6 @@ def conv2d_input_gradient_kernel(
     OUT_WIDTH,
     KERNEL_HEIGHT,
     KERNEL_WIDTH,
-    GROUPS,
     stride_h,
     stride_w,
     dilation_h,
@@ -79,6 +78,10 @@ def conv2d_input_gradient_kernel(
     stride_xc,
     stride_xh,
     stride_xw,
+    stride_ub,
+    stride_ug,
+    stride_ur,
+    stride_up,
     EVEN_N: tl.constexpr,
     PRECISION: tl.constexpr,
     EMULATE: tl.constexpr,
@@ -132,6 +135,7 @@ def conv2d_input_gradient_kernel(
             g = tl.load(from_at[:, None] + n[None, :] * stride_gn, mask=seen[:, None] & (n < N)[None, :], other=0.0)
             w = tl.load(tap_at[None, :] + n[:, None] * stride_wn, mask=col_in[None, :] & (n < N)[:, None], other=0.0)
         acc = dot(g, w, acc, PRECISION, EMULATE)
+    u_from = (u_ptr + part * stride_ug + sample * stride_ub)[:, None]
     blocks_r = tl.cdiv(R, BLOCK_R)
     for step in tl.range(0, taps * blocks_r, num_stages=1):
         tap = step // blocks_r
@@ -141,13 +145,13 @@ def conv2d_input_gradient_kernel(
         seen = row_in & (out_row - up_by >= 0) & (out_row - up_by < OUT_HEIGHT)
         seen = seen & (out_col - left_by >= 0) & (out_col - left_by < OUT_WIDTH)
         tap_h, tap_w = (first_h + th * step_h).to(tl.int64), (first_w + tw * step_w).to(tl.int64)
-        row = (sample * OUT_HEIGHT + out_row - up_by) * OUT_WIDTH + out_col - left_by
-        u_at = u_ptr + ((row * GROUPS + part) * R)[:, None] + ranks[None, :]
+        place = (out_row - up_by) * OUT_WIDTH + out_col - left_by
+        u_at = u_from + (place.to(tl.int64) * stride_up)[:, None] + ranks[None, :] * stride_ur
         u = tl.load(u_at, mask=seen[:, None] & (ranks < R)[None, :], other=0.0)
         tap_at = a_at + tap_h * stride_ah + tap_w * stride_aw
         a_in = col_in[None, :] & (ranks < R)[:, None]
         a = tl.load(tap_at[None, :] + ranks[:, None] * stride_ar, mask=a_in, other=0.0)
-        u = narrow(u, DTYPE, EMULATE)
+        u = narrow(u.to(tl.float32), DTYPE, EMULATE)
         acc = dot(u, narrow(a.to(tl.float32), DTYPE, EMULATE), acc, PRECISION, EMULATE)
 
     image_row, image_col = (i * stride_h + phase_h).to(tl.int64), (j * stride_w + phase_w).to(tl.int64)
@@ -177,7 +181,7 @@ def conv2d_input_gradient(
 
     Args:
         grad: G' `(B, N, H', W')` in weight's dtype, any strides.
-        up: U `(M, g·R)` fp32 contiguous.
+        up: U `(B, g, R, H', W')` with dense pixels; taken in weight's dtype.
         where: the windows of the forward.
         memory_format: of dX.
         config: block_m inputs × block_n input channels, block_k output channels at a time.
@@ -201,13 +205,14 @@ def conv2d_input_gradient(
     launch(conv2d_input_gradient_kernel)[(tiles, where.stride[0] * where.stride[1], groups)](
         g_ptr=grad, w_ptr=weight, u_ptr=up, a_ptr=lora_a, dx_ptr=dx, SAMPLES=samples, N=n, C=c, R=rank,
         HEIGHT=where.height, WIDTH=where.width, OUT_HEIGHT=where.out_height, OUT_WIDTH=where.out_width,
-        KERNEL_HEIGHT=where.kernel[0], KERNEL_WIDTH=where.kernel[1], GROUPS=groups, stride_h=where.stride[0],
-        stride_w=where.stride[1], dilation_h=where.dilation[0], dilation_w=where.dilation[1], top=where.before[0],
-        left=where.before[1], divisor_h=divisor_h, divisor_w=divisor_w, inverse_h=inverse_h, inverse_w=inverse_w,
-        stride_gb=grad.stride(0), stride_gn=grad.stride(1), stride_gh=grad.stride(2), stride_gw=grad.stride(3),
-        stride_wn=weight.stride(0), stride_wc=weight.stride(1), stride_wh=weight.stride(2), stride_ww=weight.stride(3),
-        stride_ar=lora_a.stride(0), stride_ac=lora_a.stride(1), stride_ah=lora_a.stride(2), stride_aw=lora_a.stride(3),
-        stride_xb=dx.stride(0), stride_xc=dx.stride(1), stride_xh=dx.stride(2), stride_xw=dx.stride(3),
+        KERNEL_HEIGHT=where.kernel[0], KERNEL_WIDTH=where.kernel[1], stride_h=where.stride[0], stride_w=where.stride[1],
+        dilation_h=where.dilation[0], dilation_w=where.dilation[1], top=where.before[0], left=where.before[1],
+        divisor_h=divisor_h, divisor_w=divisor_w, inverse_h=inverse_h, inverse_w=inverse_w, stride_gb=grad.stride(0),
+        stride_gn=grad.stride(1), stride_gh=grad.stride(2), stride_gw=grad.stride(3), stride_wn=weight.stride(0),
+        stride_wc=weight.stride(1), stride_wh=weight.stride(2), stride_ww=weight.stride(3), stride_ar=lora_a.stride(0),
+        stride_ac=lora_a.stride(1), stride_ah=lora_a.stride(2), stride_aw=lora_a.stride(3), stride_xb=dx.stride(0),
+        stride_xc=dx.stride(1), stride_xh=dx.stride(2), stride_xw=dx.stride(3), stride_ub=up.stride(0),
+        stride_ug=up.stride(1), stride_ur=up.stride(2), stride_up=pixel_stride(up[:, 0]),
         EVEN_N=n % config.block_k == 0, PRECISION=precision(weight.dtype, weight.device), EMULATE=emulate(),
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, BLOCK_R=min(32, block_r(rank)),
         GROUP_M=config.group_m, num_warps=config.warps, num_stages=config.stages,

@@ -8,6 +8,7 @@ which the mean over the samples falls out.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,13 +25,34 @@ from rfa_fast.ops.conv2d_torch import (
     losses,
     low_rank,
     remember,
-    retain_energy,
+    residual_terms,
     sample_weights,
-    thin_terms,
 )
 from rfa_fast.ops.plain import LayerResult, Pair
 from rfa_fast.ops.registration import register
 from rfa_fast.ops.rows import autocast
+
+FUSED_RANK = 32  # up to which h in the same kernel costs less than reading x again
+
+
+def implicit_pays(x: Tensor, weight: Tensor) -> bool:
+    """Whether an implicit product suits a layer at all.
+
+    It reads and writes runs of channels: a channels-last image, and groups wide enough for a tile. In NCHW it would
+    move one element at a time, and a depthwise layer would fill one lane of sixteen; the vendor has kernels for both.
+
+    Example:
+        >>> implicit_pays(torch.zeros(1, 16, 4, 4).to(memory_format=torch.channels_last), torch.zeros(32, 16, 3, 3))
+        True
+    """
+    from rfa_fast.kernels.conv2d_geometry import channels_last
+
+    outputs = weight.shape[0] * weight.shape[1] // x.shape[1]  # of one group
+    return channels_last(x) and weight.shape[1] >= 16 and outputs >= 16
+
+
+def _routed(config: Any, x: Tensor, weight: Tensor) -> Any:
+    return config if config.route != "fused" or implicit_pays(x, weight) else replace(config, route="vendor")
 
 
 def _forward_launchers(
@@ -40,15 +62,17 @@ def _forward_launchers(
 ) -> Convolution:  # fmt: skip
     from rfa_fast.kernels import conv2d_forward as kernels
     from rfa_fast.kernels.autotune import tuned
-    from rfa_fast.kernels.common import MAX_BLOCK_R
     from rfa_fast.kernels.conv2d_epilogue import conv2d_epilogue
-    from rfa_fast.kernels.conv2d_geometry import channels_last, convolution, geometry
+    from rfa_fast.kernels.conv2d_geometry import convolution, geometry, joint_weight, memory_format
+    from rfa_fast.kernels.conv2d_retain import conv2d_retain_energy, gram_matrices
     from rfa_fast.kernels.conv2d_sample_mean import conv2d_sample_mean
     from rfa_fast.kernels.feature_mean import feature_mean
     from rfa_fast.kernels.tuning import choose
 
-    where = geometry(x, weight, stride, padding, dilation, groups)
-    rank, usual = lora_b.shape[1], choose("conv2d_forward", x.device, x.dtype)
+    where, layout = geometry(x, weight, stride, padding, dilation, groups), memory_format(x)
+    rank, widths = lora_b.shape[1], (weight.shape[0], weight.shape[1])
+    usual = choose("conv2d_forward", x.device, x.dtype, *widths)
+    shape = (x.shape[0], weight.shape[0], where.out_height, where.out_width)
     codes = None if group is None else aimed_codes(group, target is not None)
     inside = group is not None and target is None
     none = torch.empty(0, dtype=torch.float32, device=x.device)
@@ -62,42 +86,50 @@ def _forward_launchers(
 
     def product(config: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         """y, h, x̃ if it is computed here, and squared errors: retain per sample, forget in any shape."""
-        shape = (x.shape[0], weight.shape[0], where.out_height, where.out_width)
-        by_vendor = config.route == "vendor"
-        columns = by_vendor and inside and not l2
+        route = _routed(config, x, weight).route
+        columns = route != "fused" and inside and not l2
         mean = mean_before() if inside and not columns else none
         goal = (mean if inside else target).expand(shape) if group is not None and not columns else None  # type: ignore[union-attr]
-        if not by_vendor:
-            hidden = None if rank <= MAX_BLOCK_R else kernels.conv2d_down(x, lora_a, where=where, config=usual)
+        if route == "fused":
+            down = kernels.conv2d_down(x, lora_a, where=where, config=usual) if rank > FUSED_RANK else None
             out = kernels.conv2d_forward(
-                x, weight, bias, lora_a, lora_b, hidden, where=where, scale=scale, group=codes, goal=goal, kept=kept,
+                x, weight, bias, lora_a, lora_b, down, where=where, scale=scale, group=codes, goal=goal, kept=kept,
                 config=config,
             )  # fmt: skip
             return out.output, out.hidden, mean, out.retain_samples, out.forget_samples
-        frozen = convolution(x, weight, where)
-        hidden = kernels.conv2d_down(x, lora_a, where=where, config=usual)
-        image = as_image(hidden, frozen)
+        if route == "split":
+            frozen = convolution(x, weight, where).contiguous(memory_format=layout)
+            hidden = kernels.conv2d_down(x, lora_a, where=where, config=usual)
+            output, image, down = frozen, by_group(frozen, groups), by_group(as_image(hidden, frozen), groups)
+        else:
+            joint = convolution(x, joint_weight(weight, lora_a, groups, layout), where)
+            both = by_group(joint.contiguous(memory_format=layout), groups)
+            each = shape[1] // groups
+            image, down = both[:, :, :each], both[:, :, each : each + rank]
+            output = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
         done = conv2d_epilogue(
-            by_group(frozen, groups), by_group(image, groups), frozen, lora_b, bias, scale=scale,
-            group=codes if not columns else group, goal=goal, kept=kept, columns=columns,
-            config=choose("conv2d_epilogue", x.device, x.dtype),
+            image, down, output, lora_b, bias, scale=scale, group=group if columns else codes, goal=goal, kept=kept,
+            columns=columns, copy_hidden=route != "split", config=choose("conv2d_epilogue", x.device, x.dtype),
         )  # fmt: skip
         forget = done.forget_samples
         if columns:
             config = choose("feature_mean", x.device, x.dtype)
             flat, forget = feature_mean(done.columns, done.counts, with_loss=True, config=config)
-            _, n, height, width = shape
-            last = channels_last(frozen)
-            mean = flat.view(height, width, n).permute(2, 0, 1) if last else flat.view(n, height, width)
-            mean = mean.contiguous()[None]
-        return frozen, hidden, mean, done.retain_samples, forget
+            # Columns lie as y does: a sample of it, whose place in memory any of them shows.
+            mean = flat.as_strided((1, *shape[1:]), (flat.shape[0], *output.stride()[1:]))
+        return output, hidden if done.hidden is None else done.hidden, mean, done.retain_samples, forget
 
     sizes = {"N": weight.shape[0], "C": weight.shape[1], "taps": where.taps, "pixels": where.pixels, "R": rank}
     output, hidden, mean, retain, forget = product(tuned("conv2d_forward", x, sizes, product))
-    residual = low_rank(hidden, lora_b, output, groups, scale) if emit_residual else x.new_empty(0)
+    residual = x.new_empty(0)
+    if emit_residual:
+        residual = low_rank(hidden, lora_b, output, groups, scale).contiguous(memory_format=layout)
     if group is None or forget is None:
         return Convolution(output, residual, hidden, none, none.clone(), none.clone(), none.sum(), none.sum())
-    retain = retain_energy(hidden, lora_b, group, groups, scale) if retain is None else retain
+    if retain is None:
+        gram = gram_matrices(lora_b, groups, scale)
+        config = choose("conv2d_retain", x.device, x.dtype)
+        retain = conv2d_retain_energy(hidden, gram, group, pixels=where.pixels, config=config)
     return Convolution(output, residual, hidden, mean, *losses(retain, forget, l2))
 
 
@@ -143,43 +175,78 @@ def _backward_launchers(
     output: Tensor, retain_norms: Tensor, forget_norms: Tensor, scale: float, l2: bool, needs_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     from rfa_fast.kernels.autotune import tuned
-    from rfa_fast.kernels.conv2d_geometry import geometry, input_gradient, memory_format
+    from rfa_fast.kernels.conv2d_geometry import (
+        geometry,
+        input_gradient,
+        joint_weight,
+        memory_format,
+        weight_gradient,
+    )
     from rfa_fast.kernels.conv2d_gradient import conv2d_gradient
     from rfa_fast.kernels.conv2d_input_gradient import conv2d_input_gradient
     from rfa_fast.kernels.conv2d_lora_a_gradient import conv2d_lora_a_gradient
+    from rfa_fast.kernels.conv2d_retain import conv2d_retain_gradient, gram_matrices
     from rfa_fast.kernels.tuning import choose
 
-    where = geometry(x, weight, stride, padding, dilation, groups)
+    where, layout = geometry(x, weight, stride, padding, dilation, groups), memory_format(output)
     w = sample_weights(group, retain_grad, forget_grad, target_given, retain_norms, forget_norms, l2)
     teaches = kept is not None and w.retain is not None
     moves = w.forget is not None or teaches
-    changed = torch.empty_like(output) if moves else None
-    split = conv2d_gradient(
-        grad.to(x.dtype), output, hidden, lora_b, None if changed is None else by_group(changed, groups),
-        groups=groups, scale=scale, group=group, goal=goal if w.forget is not None else None, forget_weight=w.forget,
-        kept=kept if teaches else None, retain_weight=w.retain if teaches else None,
-        config=choose("conv2d_gradient", x.device, x.dtype),
-    )  # fmt: skip
     retain = None if kept is not None else w.retain
-    up, grad_b = thin_terms(split.up, split.lora_b, residual_grad, hidden, lora_b, retain, groups, scale)
-    source = grad.to(x.dtype) if changed is None else changed
+    outputs, rank, grad = weight.shape[0] // groups, lora_b.shape[1], grad.to(x.dtype)
 
-    def product(config: Any) -> Tensor:
-        if config.route == "vendor":
-            low = input_gradient(as_image(up.to(x.dtype), output), lora_a.to(x.dtype), where)
-            both: Tensor = input_gradient(source, weight, where) + low
-            return both.contiguous(memory_format=memory_format(x))
-        found: Tensor = conv2d_input_gradient(
-            source, weight, up, lora_a, where=where, memory_format=memory_format(x), config=config
-        )
-        return found
+    def product(config: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """dX, U as `(B, g, R, H', W')`, dB."""
+        route = _routed(config, x, weight).route if needs_x else "fused"
+        weights = joint_weight(weight, lora_a, groups, memory_format(x)) if route != "fused" else weight
+        if route == "fused":
+            rows = hidden.new_empty(hidden.shape)
+            up = by_group(as_image(rows, output), groups)
+            changed = by_group(torch.empty_like(output), groups) if moves and needs_x else None
+        else:
+            # G' and U side by side, as W and A are: one transposed convolution takes both.
+            size = (x.shape[0], weights.shape[0], where.out_height, where.out_width)
+            joint = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=layout)
+            changed, rest = by_group(joint, groups)[:, :, :outputs], by_group(joint, groups)[:, :, outputs:]
+            up = rest[:, :, :rank]
+            if rest.shape[2] > rank:
+                rest[:, :, rank:].zero_()
+        split = conv2d_gradient(
+            grad, output, hidden, lora_b, changed, groups=groups, scale=scale, group=group,
+            goal=goal if w.forget is not None else None, forget_weight=w.forget, kept=kept if teaches else None,
+            retain_weight=w.retain if teaches else None,
+            config=choose("conv2d_gradient", x.device, x.dtype, weight.shape[0]),
+        )  # fmt: skip
+        parts, grad_b = residual_terms(split.up, split.lora_b, residual_grad, hidden, lora_b, groups, scale)
+        gram = gram_matrices(lora_b, groups, scale)
+        config_thin = choose("conv2d_retain", x.device, x.dtype)
+        seen = conv2d_retain_gradient(parts, hidden, up, gram, retain, config=config_thin)
+        if seen is not None:
+            lifted = lora_b.float().reshape(groups, outputs, rank)
+            grad_b = grad_b + scale**2 * (lifted @ seen).reshape(grad_b.shape)
+        if not needs_x:
+            return x.new_empty(0), up, grad_b
+        if route == "fused":
+            source = grad if changed is None else changed.flatten(1, 2)
+            grad_x = conv2d_input_gradient(
+                source, weight, up, lora_a, where=where, memory_format=memory_format(x), config=config
+            )
+        else:
+            grad_x = input_gradient(joint, weights, where).contiguous(memory_format=memory_format(x))
+        return grad_x, up, grad_b
 
-    grad_x = x.new_empty(0)
-    if needs_x:
-        sizes = {"N": weight.shape[0], "C": weight.shape[1], "taps": where.taps, "pixels": where.pixels}
-        grad_x = product(tuned("conv2d_input_gradient", x, sizes, product))
-    config = choose("conv2d_lora_a_gradient", x.device, x.dtype)
-    grad_a = conv2d_lora_a_gradient(up, x, where=where, config=config)
+    sizes = {"N": weight.shape[0], "C": weight.shape[1], "taps": where.taps, "pixels": where.pixels, "R": rank}
+    config = (
+        tuned("conv2d_input_gradient", x, sizes, product)
+        if needs_x
+        else choose("conv2d_input_gradient", x.device, x.dtype, weight.shape[0], weight.shape[1])
+    )
+    grad_x, up, grad_b = product(config)
+    if implicit_pays(x, weight):
+        config = choose("conv2d_lora_a_gradient", x.device, x.dtype, weight.shape[1])
+        grad_a = conv2d_lora_a_gradient(up, x, where=where, config=config)
+    else:
+        grad_a = weight_gradient(up.flatten(1, 2), x, lora_a.shape[0], where)
     return grad_x, grad_a.to(lora_a.dtype), grad_b.reshape(lora_b.shape).to(lora_b.dtype)
 
 

@@ -145,25 +145,35 @@ def sample_weights(
     return Weights(forget, retain)
 
 
+def residual_terms(
+    parts: Tensor, grad_b: Tensor, residual_grad: Tensor | None, hidden: Tensor, lora_b: Tensor, groups: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """U in parts `(P, M, g·R)`, and dB, with what comes from a gradient of the residual itself."""
+    if residual_grad is None:
+        return parts, grad_b
+    dtype, rank, rows = accumulation_dtype(hidden.dtype), lora_b.shape[1], hidden.shape[0]
+    wide, lifted = hidden.to(dtype).reshape(rows, groups, rank), lora_b.to(dtype).reshape(groups, -1, rank)
+    off = as_rows(residual_grad).to(dtype).reshape(rows, groups, -1)
+    own = scale * torch.einsum("mgn,gnr->mgr", off, lifted).reshape(1, rows, -1)
+    return torch.cat([parts, own]), grad_b + scale * torch.einsum("mgn,mgr->gnr", off, wide).reshape(grad_b.shape)
+
+
 def thin_terms(
     up: Tensor, grad_b: Tensor, residual_grad: Tensor | None, hidden: Tensor, lora_b: Tensor, retain: Tensor | None,
     groups: int, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """U and dB with what does not come from G': the r × r retain term, and a gradient of the residual itself."""
-    dtype, rank = accumulation_dtype(hidden.dtype), lora_b.shape[1]
-    rows = hidden.shape[0]
-    wide = hidden.to(dtype).reshape(rows, groups, rank)
-    lifted = lora_b.to(dtype).reshape(groups, -1, rank)
+    """U `(M, g·R)` and dB with what does not come from G': the r × r retain term, and the residual's own gradient."""
+    parts, grad_b = residual_terms(up[None], grad_b, residual_grad, hidden, lora_b, groups, scale)
+    up = parts.sum(0)
+    dtype, rank, rows = accumulation_dtype(hidden.dtype), lora_b.shape[1], hidden.shape[0]
     if retain is not None:
+        wide, lifted = hidden.to(dtype).reshape(rows, groups, rank), lora_b.to(dtype).reshape(groups, -1, rank)
         weighted = retain.repeat_interleave(rows // retain.shape[0], output_size=rows)[:, None, None] * wide
         up = up + scale**2 * torch.einsum("mgr,grs->mgs", weighted, lifted.mT @ lifted).reshape(rows, -1)
         gram = torch.einsum("mgr,mgs->grs", wide, weighted)
         grad_b = grad_b + scale**2 * (lifted @ gram).reshape(grad_b.shape)
-    if residual_grad is not None:
-        off = as_rows(residual_grad).to(dtype).reshape(rows, groups, -1)
-        up = up + scale * torch.einsum("mgn,gnr->mgr", off, lifted).reshape(rows, -1)
-        grad_b = grad_b + scale * torch.einsum("mgn,mgr->gnr", off, wide).reshape(grad_b.shape)
-    return up.contiguous(), grad_b
+    return up, grad_b
 
 
 def backward(
