@@ -14,11 +14,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from compiling import Launch
 from rfa_fast.kernels.common import observed
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
 
@@ -131,8 +132,9 @@ def _conv2d_forward_flops(a: Flags) -> float:
 
 
 def _conv2d_input_gradient_flops(a: Flags) -> float:
-    rows = a["SAMPLES"] * a["OUT_HEIGHT"] * a["OUT_WIDTH"] * a["GROUPS"]
-    return 2.0 * rows * a["C"] * a["KERNEL_HEIGHT"] * a["KERNEL_WIDTH"] * (a["N"] + a["R"])
+    outputs = a["SAMPLES"] * a["OUT_HEIGHT"] * a["OUT_WIDTH"]
+    inputs = a["dx_ptr"].shape[1]  # of all groups
+    return 2.0 * outputs * inputs * a["KERNEL_HEIGHT"] * a["KERNEL_WIDTH"] * (a["N"] + a["R"])
 
 
 ACCESS: dict[str, dict[str, Rule]] = {
@@ -204,7 +206,7 @@ ACCESS: dict[str, dict[str, Rule]] = {
         "goal_ptr": _reads(_goal),
         "kept_ptr": _reads(_kept),
         "y_ptr": _writes(),
-        "rows_ptr": _writes(_both),
+        "rows_ptr": _writes(_measured),
     },
     "conv2d_sample_mean": {
         "x_ptr": _reads(lambda a, g: g.retain_share),
@@ -223,7 +225,7 @@ ACCESS: dict[str, dict[str, Rule]] = {
         "hidden_ptr": _writes(_flag("COPY_HIDDEN")),
         "columns_ptr": _writes(_flag("HAS_COLUMNS")),
         "counts_ptr": _writes(_flag("HAS_COLUMNS")),
-        "errors_ptr": _writes(_both),
+        "errors_ptr": _writes(lambda a, g: float(bool(a["HAS_GOAL"] or a["HAS_KEPT"]))),
     },
     "conv2d_gradient": {
         "g_ptr": _reads(),
@@ -247,6 +249,20 @@ ACCESS: dict[str, dict[str, Rule]] = {
         "dx_ptr": _writes(),
     },
     "conv2d_lora_a_gradient": {"u_ptr": _reads(), "x_ptr": _reads(), "da_ptr": _writes()},
+    "conv2d_retain_energy": {
+        "h_ptr": _reads(lambda a, g: g.retain_share),
+        "gram_ptr": _reads(),
+        "group_ptr": _reads(),
+        "energy_ptr": _writes(),
+    },
+    "conv2d_retain_gradient": {
+        "parts_ptr": _reads(),
+        "h_ptr": _reads(lambda a, g: g.retain_share * bool(a["HAS_RETAIN"])),
+        "gram_ptr": _reads(_flag("HAS_RETAIN")),
+        "weight_ptr": _reads(_flag("HAS_RETAIN")),
+        "u_ptr": _writes(),
+        "k_ptr": _writes(_flag("HAS_RETAIN")),
+    },
 }
 
 FLOPS: dict[str, Callable[[Flags], float]] = {
@@ -256,10 +272,12 @@ FLOPS: dict[str, Callable[[Flags], float]] = {
     "linear_input_gradient": lambda a: 2.0 * a["M"] * a["K"] * (a["N"] * (not a["HAS_PRODUCT"]) + a["R"]),
     "lora_a_gradient": lambda a: 2.0 * a["M"] * a["K"] * a["R"],
     "conv2d_forward": _conv2d_forward_flops,
-    "conv2d_epilogue": lambda a: 2.0 * a["SAMPLES"] * a["PIXELS"] * a["GROUPS"] * a["N"] * a["R"],
-    "conv2d_gradient": lambda a: 4.0 * a["SAMPLES"] * a["PIXELS"] * a["GROUPS"] * a["N"] * a["R"],
+    "conv2d_epilogue": lambda a: 2.0 * a["SAMPLES"] * a["PIXELS"] * a["UNIT_N"] * a["GROUPS"] * a["N"] * a["R"],
+    "conv2d_gradient": lambda a: 4.0 * a["SAMPLES"] * a["PIXELS"] * a["UNIT_N"] * a["GROUPS"] * a["N"] * a["R"],
     "conv2d_input_gradient": _conv2d_input_gradient_flops,
     "conv2d_lora_a_gradient": lambda a: 2.0 * a["M"] * a["GROUPS"] * a["R"] * a["C"] * a["TAPS"],
+    "conv2d_retain_energy": lambda a: 2.0 * a["M"] * a["GROUPS"] * a["R"] * a["R"],
+    "conv2d_retain_gradient": lambda a: 4.0 * a["M"] * a["GROUPS"] * a["R"] * a["R"] * bool(a["HAS_RETAIN"]),
 }
 
 
@@ -295,6 +313,8 @@ class _Torch(TorchDispatchMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         name = func._overloadpacket.__name__
+        if name.startswith("convolution"):
+            result = tree_map(lambda t: _laid_out_like(t, args), result)
         view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
         if view or "empty" in name or name in ("detach", "lift_fresh", "alias"):
             return result
@@ -306,6 +326,19 @@ class _Torch(TorchDispatchMode):
         read = 0 if name.startswith(("zero", "fill", "full")) else sum(map(size_of, inputs.values()))
         self.record(Item(name, read, sum(map(size_of, outputs)), flops))
         return result
+
+
+def _laid_out_like(result: Any, operands: Any) -> Any:
+    """A convolution's result in its operands' memory format.
+
+    A channels-last image gives a channels-last result on a CPU and on a GPU; meta tensors alone forget it, and would
+    show a copy into the format that never takes place.
+    """
+    images = [t for t in tree_leaves(operands) if isinstance(t, Tensor) and t.ndim == 4]
+    last = any(t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous() for t in images)
+    if not last or not isinstance(result, Tensor) or result.ndim != 4:
+        return result
+    return torch.empty_like(result, memory_format=torch.channels_last)
 
 
 def record(run: Callable[[], Any], groups: Groups) -> tuple[Any, list[Item]]:

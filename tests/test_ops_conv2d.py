@@ -19,8 +19,6 @@ from rfa_fast.functional import rfa_conv2d
 from rfa_fast.ops import conv2d as fused
 from rfa_fast.ops.conv2d_torch import Convolution
 
-KINDS = ["mixed", "retain", "forget", "ignored"]
-
 
 @pytest.fixture(autouse=True)
 def poisoned(request, monkeypatch):

@@ -97,16 +97,16 @@ def _forward_launchers(
                 config=config,
             )  # fmt: skip
             return out.output, out.hidden, mean, out.retain_samples, out.forget_samples
+        output = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
         if route == "split":
-            frozen = convolution(x, weight, where).contiguous(memory_format=layout)
+            frozen = convolution(x, weight, where)
             hidden = kernels.conv2d_down(x, lora_a, where=where, config=usual)
-            output, image, down = frozen, by_group(frozen, groups), by_group(as_image(hidden, frozen), groups)
+            image, down = by_group(frozen, groups), by_group(as_image(hidden, frozen), groups)
+            output = frozen if frozen.stride() == output.stride() else output
         else:
-            joint = convolution(x, joint_weight(weight, lora_a, groups, layout), where)
-            both = by_group(joint.contiguous(memory_format=layout), groups)
+            both = by_group(convolution(x, joint_weight(weight, lora_a, groups, layout), where), groups)
             each = shape[1] // groups
             image, down = both[:, :, :each], both[:, :, each : each + rank]
-            output = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
         done = conv2d_epilogue(
             image, down, output, lora_b, bias, scale=scale, group=group if columns else codes, goal=goal, kept=kept,
             columns=columns, copy_hidden=route != "split", config=choose("conv2d_epilogue", x.device, x.dtype),
