@@ -182,6 +182,6 @@ CASES: dict[str, Callable[[Config, torch.dtype, int], dict[str, Case]]] = {
 # Kernels whose work is one large product per tile; the others are bound by what they read.
 MATRIX_KERNELS = ("linear_forward", "linear_input_gradient", "conv2d_forward", "conv2d_input_gradient")
 # Kernels whose configuration depends on whether the layer's sizes are aligned.
-BY_ALIGNMENT = (*MATRIX_KERNELS, "linear_gradient")
+BY_ALIGNMENT = (*MATRIX_KERNELS, "linear_gradient", "conv2d_gradient", "conv2d_lora_a_gradient")
 # Kernels whose code does not depend on the rank: one rank tells all.
 RANKLESS = ("feature_mean", "row_error", "conv2d_sample_mean", "softmax_stats", "softmax_gradient")

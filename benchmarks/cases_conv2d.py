@@ -34,7 +34,7 @@ class Layer:
         self.out_shape = (batch, outputs, self.where.out_height, self.where.out_width)
         self.rows = batch * self.where.pixels
         self.hidden = meta(self.rows, rank, dtype=dtype)
-        self.up = meta(self.rows, rank)
+        self.up = meta_image(batch, rank, *self.out_shape[2:], dtype=dtype).unflatten(1, (1, -1))
         self.group = meta(batch, dtype=torch.int8)
 
     def output(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -158,11 +158,10 @@ def _retain(config: Config, dtype: torch.dtype, rank: int) -> dict[str, Case]:
         )
 
     def gradient(layer: Layer, parts: int, *, retain: bool = True) -> Case:
-        up = meta_image(layer.batch, rank, *layer.out_shape[2:], dtype=dtype).unflatten(1, (1, -1))
+        weight = meta(layer.batch) if retain else None
         return lambda: conv2d_retain_gradient(
-            meta(parts, layer.rows, rank), layer.hidden, up, meta(1, rank, rank), meta(layer.batch) if retain else None,
-            config=config,
-        )  # fmt: skip
+            meta(parts, layer.rows, rank), layer.hidden, layer.up, meta(1, rank, rank), weight, config=config
+        )
 
     return {
         "energy": energy(Layer(dtype, rank)),

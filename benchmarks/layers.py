@@ -60,13 +60,13 @@ class Layer:
     Attributes:
         shape: `(rows, K, N)`, or `(batch, C, N, size)` of a 3×3 convolution with padding 1.
         route: `"fused"` or `"vendor"`, see :class:`rfa_fast.kernels.tuning.Config`.
-        forward_bound, backward_bound: `None`: not promised.
+        forward_bound, backward_bound: of the two passes.
     """
 
     name: str
     shape: tuple[int, ...]
     forward_bound: float
-    backward_bound: float | None
+    backward_bound: float
     bias: bool = False
     route: str = "fused"
 
@@ -178,9 +178,9 @@ LAYERS = (
     Layer("Qwen2.5-3B gate: linear 2048 → 11008, 2,048 rows", (2048, 2048, 11008), 0.40, 0.5),
     Layer("Qwen2.5-3B down: linear 11008 → 2048, 2,048 rows", (2048, 11008, 2048), 0.80, 0.5),
     Layer("ViT-B, first MLP layer: linear 768 → 3072, 2,048 rows", (2048, 768, 3072), 0.30, 0.5, bias=True),
-    Layer("ResNet18 stage 3: 3×3, 256 → 256, 14×14, batch 128, implicit GEMM", _STAGE3, 0.35, None),
+    Layer("ResNet18 stage 3: 3×3, 256 → 256, 14×14, batch 128, implicit GEMM", _STAGE3, 0.35, 0.5),
     Layer(
-        "ResNet18 stage 3: the same, vendor convolution + fused epilogue", _STAGE3, 0.55, None, route="vendor"
+        "ResNet18 stage 3: the same, vendor convolution + fused epilogue", _STAGE3, 0.55, 0.5, route="vendor"
     ),
 )  # fmt: skip
 

@@ -148,8 +148,7 @@ Roofline peaks: {peaks} (dense bf16)."""
     ]
     summary = []
     for t in traffics:
-        bound = "–" if t.bound is None else f"≤ {t.bound:.2f}"
-        held = "–" if t.bound is None else ("held" if t.held else "**not held**")
+        bound, held = f"≤ {t.bound:.2f}", "held" if t.held else "**not held**"
         summary.append(
             (
                 t.layer.name,

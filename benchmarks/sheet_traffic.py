@@ -33,7 +33,7 @@ class Traffic:
     passed: str
     ours: list[Item]
     unfused: list[Unfused]
-    bound: float | None
+    bound: float
     requested: list[float | None] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
 
@@ -51,7 +51,7 @@ class Traffic:
 
     @property
     def held(self) -> bool:
-        return self.bound is None or self.ratio <= self.bound
+        return self.ratio <= self.bound
 
 
 def record_pass(index: int, passed: str, target: str = TUNED_FOR) -> Traffic:

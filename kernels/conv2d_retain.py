@@ -18,12 +18,14 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from rfa_fast.kernels.common import block_r, emulate, launch, narrow, pointer
+from rfa_fast.kernels.common import emulate, launch, narrow, pointer
 from rfa_fast.kernels.conv2d_forward import pixel
 from rfa_fast.kernels.conv2d_geometry import pixel_stride
 from rfa_fast.kernels.linear_gradient import PROGRAMS
 from rfa_fast.kernels.tuning import Config
 from torch import Tensor
+
+RANKS = 16  # at a time: exact fp32 products keep their operands in registers
 
 
 @triton.jit
@@ -160,7 +162,7 @@ def conv2d_retain_energy(hidden: Tensor, gram: Tensor, group: Tensor, *, pixels:
     if group.shape[0] > 0:
         launch(conv2d_retain_energy_kernel)[(triton.cdiv(m, config.block_m),)](
             h_ptr=hidden, gram_ptr=gram, group_ptr=group, energy_ptr=energy, M=m, R=rank, PIXELS=pixels, GROUPS=groups,
-            BLOCK_M=config.block_m, BLOCK_R=block_r(rank), num_warps=config.warps, num_stages=config.stages,
+            BLOCK_M=config.block_m, BLOCK_R=RANKS, num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
     return energy.view(group.shape[0], pixels).sum(1)
 
@@ -183,8 +185,7 @@ def conv2d_retain_gradient(
     """
     count, m, _ = parts.shape
     samples, groups, rank, height, width = up.shape
-    ranks = block_r(rank)
-    pairs = groups * triton.cdiv(rank, ranks) ** 2
+    pairs = groups * triton.cdiv(rank, RANKS) ** 2
     chunks = max(1, min(128, PROGRAMS // pairs))
     chunk = triton.cdiv(triton.cdiv(m, chunks), config.block_m) * config.block_m
     seen = None
@@ -195,7 +196,7 @@ def conv2d_retain_gradient(
             parts_ptr=parts, h_ptr=hidden, gram_ptr=gram, weight_ptr=pointer(weight, hidden), u_ptr=up,
             k_ptr=pointer(seen, hidden), M=m, PARTS=count, R=rank, PIXELS=height * width, GROUPS=groups, chunk=chunk,
             stride_ub=up.stride(0), stride_ug=up.stride(1), stride_ur=up.stride(2), stride_up=pixel_stride(up[:, 0]),
-            HAS_RETAIN=weight is not None, EMULATE=emulate(), BLOCK_M=config.block_m, BLOCK_R=ranks,
+            HAS_RETAIN=weight is not None, EMULATE=emulate(), BLOCK_M=config.block_m, BLOCK_R=RANKS,
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
     elif seen is not None:

@@ -54,7 +54,9 @@ def compare(tensors, options, dtype):
     return ours, run(rfa_conv2d, rounded, **options, backend="reference"), exact, seen
 
 
-@pytest.mark.parametrize(("norm", "kind"), [("mse", "mixed"), ("l2", "mixed"), *(("mse", kind) for kind in KINDS[1:])])
+@pytest.mark.parametrize(
+    ("norm", "kind"), [("mse", "mixed"), ("l2", "mixed"), ("mse", "retain"), ("mse", "forget"), ("mse", "ignored")]
+)
 @pytest.mark.parametrize(("options", "kernel"), CONVOLUTIONS)
 def test_under_the_error_rule(options, kernel, kind, norm, route):
     tensors = convolution_case(options, kernel)
