@@ -28,7 +28,7 @@ Written by `make kernel-sheet`; do not edit. **No GPU has run any of this.** Eve
   because masks and addresses do not depend on them (a test compares with a full run).
 - **declared and checked**: compulsory bytes take every tensor a launch reads once and every tensor it writes once.
   `benchmarks/traffic.py` declares which these are; the interpreter's count of *different* bytes must be the same, and
-  was for every launch below.
+  was wherever requested bytes stand below.
 
 torch {torch}, Python {python}. How fast the kernels are is another question: `make bench-gpu` answers it on a GPU.
 """
