@@ -123,7 +123,11 @@ IMAGES = np.zeros((12, 28, 28))
         (TRAIN_LABELS, idx(np.zeros(11)), "got 11 labels, expected 12, one for each image"),
         (TEST_LABELS, idx(np.array([0, 1, 10, 0, 0])), r"labels: got 10 at position 2, expected 0 to 9"),
     ],
-)
+    ids=[
+        "cut-short", "no-gzip", "empty", "one-axis", "wrong-type", "short-header", "too-few", "too-many", "no-image",
+        "too-few-labels", "no-such-class",
+    ],
+)  # fmt: skip
 def test_a_damaged_idx_file_is_named(fashion, name: str, content: bytes, message: str) -> None:
     (fashion / name).write_bytes(content)
     with pytest.raises(ValueError, match=message) as caught:
