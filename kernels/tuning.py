@@ -189,6 +189,6 @@ TABLES: dict[str, dict[str, tuple[Config, ...]]] = {
         "sm_100": (Config(32, 0, 128, warps=4, stages=3),),
         "sm_120": (Config(32, 0, 128, warps=4, stages=3),),
     },
-    "conv2d_retain": {GENERIC: (Config(64, 0, 0, warps=4, stages=1),)},
+    "conv2d_retain": {GENERIC: (Config(32, 0, 0, warps=4, stages=1),)},
     "conv2d_sample_mean": {GENERIC: (Config(16, 64, 0, warps=4, stages=1),)},
 }

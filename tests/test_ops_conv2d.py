@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -144,6 +147,7 @@ def test_drawn_cases(case):
 @drawn(drawn_cases, 300)
 def test_many_drawn_cases(chosen, case):
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused, "implicit_pays", lambda *layer: True)
         for kernel in ("conv2d_forward", "conv2d_input_gradient"):
             small = replace(tuning.TABLES[kernel][tuning.GENERIC][0], route=chosen)
             patch.setitem(tuning.TABLES, kernel, {tuning.GENERIC: (small,)})
@@ -241,6 +245,60 @@ def test_no_im2col_buffer(route):
             out.hidden, out.output, out.retain_norms, out.forget_norms, 0.5, False, True,
         )  # fmt: skip
     assert seen.size <= 2 * x.nbytes
+
+
+@pytest.mark.parametrize(
+    ("layout", "channels", "groups"),
+    [(torch.contiguous_format, 16, 1), (torch.channels_last, 16, 1), (torch.channels_last, 8, 4)],
+    ids=["nchw", "channels-last", "narrow-groups"],
+)
+def test_the_vendor_takes_what_does_not_suit_an_implicit_product(layout, channels, groups):
+    options = {"padding": 1, "groups": groups}
+    tensors = convolution_case(options, (3, 3), channels=channels, outputs=16)
+    tensors["x"] = tensors["x"].detach().contiguous(memory_format=layout).requires_grad_()
+    options |= {"scale": 0.5, "group": group_of(5, "mixed")}
+    ours, same, exact, seen = compare(tensors, options, torch.float32)
+    assert_error_rule(ours, same, exact, torch.float32)
+    implicit = {"conv2d_forward_kernel", "conv2d_input_gradient_kernel", "conv2d_lora_a_gradient_kernel"}
+    assert implicit & set(seen) == (implicit if layout == torch.channels_last and groups == 1 else set())
+
+
+GPU_GRAPH = """
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.functional_tensor import dispatch_functionalize
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+import rfa_fast.ops.conv2d
+
+def layer(x, w, a, b, g):
+    forward, backward = torch.ops.rfa_fast.conv2d_forward, torch.ops.rfa_fast.conv2d_backward
+    where = ([1, 1], [1, 1, 1, 1], [1, 1], 1)
+    o = forward(x, w, None, a, b, *where, g, None, None, 0.5, False, False)
+    kept = (o[2], o[0], o[4], o[5])
+    goal = o[3].expand(o[0].shape)
+    return backward(o[0], None, o[6], o[7], x, w, a, b, *where, g, goal, False, None, *kept, 0.5, False, True)
+
+fakes = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+with fakes:
+    for layout in (torch.channels_last, torch.contiguous_format):
+        half = dict(device="cuda", dtype=torch.bfloat16)
+        x = torch.empty(48, 32, 14, 14, **half).contiguous(memory_format=layout)
+        w = torch.empty(64, 32, 3, 3, **half).contiguous(memory_format=layout)
+        a, b = torch.empty(8, 32, 3, 3, device="cuda"), torch.empty(64, 8, 1, 1, device="cuda")
+        g = torch.empty(48, device="cuda", dtype=torch.int8)
+        for mode in ("fake", "symbolic"):
+            trace = make_fx(dispatch_functionalize(layer), tracing_mode=mode, _allow_non_fake_inputs=True)
+            names = [str(node.target) for node in trace(x, w, a, b, g).graph.nodes]
+            print(sum("triton_kernel_wrapper" in name for name in names), any("rfa_fast" in name for name in names))
+"""
+
+
+def test_compile_sees_the_kernels_on_a_gpu():
+    """On (fake) CUDA tensors: eight kernels where the product is implicit, five around the vendor's."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", GPU_GRAPH], capture_output=True, text=True, env=environment)
+    assert done.stdout.split() == ["8", "False"] * 2 + ["5", "False"] * 2, done.stderr[-2000:]
 
 
 def test_wrong_windows_are_named():

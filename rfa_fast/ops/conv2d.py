@@ -1,9 +1,14 @@
 """`rfa_fast::conv2d_forward` and `rfa_fast::conv2d_backward`: the adapted convolution on fused kernels.
 
 Shapes and the derivative are written out in :mod:`rfa_fast.ops.conv2d_torch`, which is also what these operators do
-on a CPU without the interpreter. Two routes: an implicit GEMM with h and the losses in it, for which x̃ is taken from
-the mean of x first (a convolution is linear, too); and the vendor's convolution with one fused pass after it, in
-which the mean over the samples falls out.
+on a CPU without the interpreter. The routes of a layer:
+
+* `"fused"`: an implicit GEMM with h and the losses in it, for which x̃ is taken from the mean of x first (a convolution
+  is linear, too);
+* `"vendor"`: the vendor's convolution of W and A side by side, one read of x, and one fused pass after it, in which
+  the mean over the samples falls out. Backward, G' and U side by side go through one transposed convolution;
+* `"split"`: the same with h in a kernel of its own: it reads x twice, but spares the vendor's product the columns of
+  A, which can cost it a whole tile where N fills its tiles exactly.
 """
 
 from __future__ import annotations
@@ -147,14 +152,15 @@ def _forward_fake(
     def fp32(*size: int) -> Tensor:
         return torch.empty(size, dtype=torch.float32, device=x.device)
 
-    def image() -> Tensor:
-        return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+    def image(samples: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty((samples, *shape[1:]), dtype=dtype, device=x.device, memory_format=layout)
 
     units = x.shape[0] if l2 and group is not None else 0
-    mean = fp32(1, *shape[1:]) if group is not None and target is None else fp32(0)
+    mean = image(1, torch.float32) if group is not None and target is None else fp32(0)
     hidden = x.new_empty((x.shape[0] * where.pixels, lora_a.shape[0]))
-    residual = image() if emit_residual else x.new_empty(0)
-    return Convolution(image(), residual, hidden, mean, fp32(units), fp32(units), fp32(), fp32())
+    output = image(x.shape[0], x.dtype)
+    residual = torch.empty_like(output) if emit_residual else x.new_empty(0)
+    return Convolution(output, residual, hidden, mean, fp32(units), fp32(units), fp32(), fp32())
 
 
 _FORWARD = register(
@@ -246,7 +252,7 @@ def _backward_launchers(
         config = choose("conv2d_lora_a_gradient", x.device, x.dtype, weight.shape[1])
         grad_a = conv2d_lora_a_gradient(up, x, where=where, config=config)
     else:
-        grad_a = weight_gradient(up.flatten(1, 2), x, lora_a.shape[0], where)
+        grad_a = weight_gradient(up.flatten(1, 2), x, lora_a.shape[0], where).contiguous()
     return grad_x, grad_a.to(lora_a.dtype), grad_b.reshape(lora_b.shape).to(lora_b.dtype)
 
 

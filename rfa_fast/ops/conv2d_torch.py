@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rfa_fast.kernels.conv2d_geometry import convolution, geometry, input_gradient, weight_gradient
+from rfa_fast.kernels.conv2d_geometry import convolution, geometry, input_gradient, memory_format, weight_gradient
 from rfa_fast.objective import FORGET, RETAIN, accumulation_dtype, group_mean
 from rfa_fast.ops.rows import row_weights
 
@@ -100,15 +100,16 @@ def forward(
     frozen = convolution(x, weight, where)
     if bias is not None:
         frozen = frozen + bias[:, None, None]
-    delta = low_rank(hidden, lora_b, frozen, groups, scale)
-    output = frozen + delta
+    layout = memory_format(x)
+    delta = low_rank(hidden, lora_b, frozen, groups, scale).contiguous(memory_format=layout)
+    output = (frozen + delta).contiguous(memory_format=layout)
     residual = delta if emit_residual else x.new_empty(0)
     none = x.new_empty(0, dtype=wide)
     if group is None:
         return Convolution(output, residual, hidden, none, none.clone(), none.clone(), none.sum(), none.sum())
     mean, goal = none, target
     if goal is None:
-        mean = group_mean(frozen, group, (0,))[0][None]
+        mean = group_mean(frozen, group, (0,))[0][None].contiguous(memory_format=layout)
         goal = mean
     selected = aimed_codes(group, target is not None) == FORGET
     forget = _sample_errors(output, goal, selected)
@@ -202,7 +203,8 @@ def backward(
     grad_x = x.new_empty(0)
     if needs_x:
         grad_x = input_gradient(changed, weight, where) + input_gradient(image, lora_a.to(x.dtype), where)
-    grad_a = weight_gradient(image, x, lora_a.shape[0], where)
+        grad_x = grad_x.contiguous(memory_format=memory_format(x))
+    grad_a = weight_gradient(image, x, lora_a.shape[0], where).contiguous()
     return grad_x, grad_a.to(lora_a.dtype), grad_b.reshape(lora_b.shape).to(lora_b.dtype)
 
 
