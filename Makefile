@@ -18,7 +18,7 @@ STAMP := .venv/.made-from-$(shell cat $(INPUTS) | cksum | tr ' ' '-')
 # Tests run one thread per worker and never reach for a network or a display.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 MPLBACKEND=Agg
 
-.PHONY: help setup demo test test-long lint format kernel-sheet bench-gpu wheel clean
+.PHONY: help setup demo test test-long lint format kernel-sheet bench-gpu bench bench-check wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -57,6 +57,12 @@ kernel-sheet: setup ## compile every kernel for five GPUs, count its bytes, writ
 
 bench-gpu: setup ## time the kernels on this machine's GPU against cuBLAS/cuDNN, torch.compile and PEFT
 	@$(BIN)/python benchmarks/bench_gpu.py
+
+bench: setup ## time the step against its rivals, write docs/benchmarks.md (hours; PARTS=slice,table12 ROUNDS=5 narrow it)
+	@$(BIN)/python benchmarks/step_bench.py $(if $(PARTS),--parts "$(PARTS)") $(if $(ROUNDS),--rounds $(ROUNDS)) $(BENCH_OPTIONS)
+
+bench-check: setup ## fail if the step's ratio to the bare products is 10 % worse than the committed one
+	@$(BIN)/python benchmarks/step_check.py $(if $(ROUNDS),--rounds $(ROUNDS)) $(BENCH_OPTIONS)
 
 wheel: setup ## build the source distribution and the wheel into dist/
 	$(BIN)/pyproject-build --outdir dist .
