@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from rfa_fast.config import Backend
-from rfa_fast.ops import linear_torch, plain
+from rfa_fast.ops import conv2d_torch, linear_torch, plain
 from rfa_fast.ops.linear_torch import LayerAndMean
 
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -104,8 +104,10 @@ def linear_and_mean(backend: str, x: Tensor, *arguments: Any) -> LayerAndMean:
 
 def conv2d(backend: str, x: Tensor, *arguments: Any) -> plain.LayerResult:
     """The layer of :func:`rfa_fast.functional.rfa_conv2d`; arguments as :func:`rfa_fast.ops.plain.conv2d`'s."""
-    if backend != "triton" or x.numel() == 0:
+    if backend == "reference" or x.numel() == 0:
         return plain.conv2d(_in_torch(backend), x, *arguments)
+    if backend == "torch":
+        return conv2d_torch.conv2d(x, *arguments)
     from rfa_fast.ops.conv2d import conv2d as fused
 
     return fused(x, *arguments)
@@ -113,11 +115,16 @@ def conv2d(backend: str, x: Tensor, *arguments: Any) -> plain.LayerResult:
 
 def head_loss(backend: str, hidden: Tensor, *arguments: Any) -> plain.HeadResult:
     """The loss of :func:`rfa_fast.functional.rfa_head_loss`; arguments as :func:`rfa_fast.ops.plain.head_loss`'s."""
-    if backend != "triton" or hidden.numel() == 0:
+    if backend == "reference" or hidden.numel() == 0 or hidden.dtype == torch.float64:
         return plain.head_loss(_in_torch(backend), hidden, *arguments)
-    from rfa_fast.ops.head import head_loss as fused
+    from rfa_fast.ops import head
 
-    return fused(hidden, *arguments)
+    if backend == "triton":
+        return head.head_loss(hidden, *arguments)
+    weight, labels, group, bias, lora_a, _, _, softcap, fallback, _, _, chunk_bytes = arguments
+    if lora_a is None and not head.trained((weight, bias)):
+        return head.frozen_head_loss(backend, hidden, weight, labels, group, bias, softcap, fallback, chunk_bytes)
+    return plain.head_loss(backend, hidden, *arguments)
 
 
 def _in_torch(backend: str) -> str:

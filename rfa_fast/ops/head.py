@@ -13,6 +13,7 @@ chunks are walked under checkpoint, once without gradient for ỹ and once for t
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -159,6 +160,40 @@ def _backward(ctx: Any, retain: Tensor | None, forget: Tensor | None, *rest: Ten
 
 _HEAD.register_autograd(_backward, setup_context=_setup_context)
 
+_HEAD_IN_TORCH = register(
+    "head_loss_torch",
+    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor group, Tensor? fallback, float? softcap, "
+    "int chunk_bytes, bool needs_gradient) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    launchers=_host,
+    host=_host,
+    fake=_fake,
+    opaque=True,
+)
+_HEAD_IN_TORCH.register_autograd(_backward, setup_context=_setup_context)
+
+
+def trained(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether a head has something to train, so that its backward needs the gradient of the logits.
+
+    Example:
+        >>> trained([torch.zeros(1), None])
+        False
+    """
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def frozen_head_loss(
+    backend: str, hidden: Tensor, weight: Tensor, labels: Tensor, group: Tensor, bias: Tensor | None,
+    softcap: float | None, fallback: Tensor | None, chunk_bytes: int,
+) -> HeadResult:  # fmt: skip
+    """The loss of a head that only passes gradients on, in one walk; arguments are taken as checked."""
+    fallback = None if fallback is None else fallback.detach()
+    hidden, weight, bias = autocast(hidden, weight, bias)  # type: ignore[assignment]
+    operator = _HEAD if backend == "triton" else _HEAD_IN_TORCH
+    needs_gradient = torch.is_grad_enabled() and hidden.requires_grad
+    out = Head(*operator(hidden, weight, bias, labels, group, fallback, softcap, chunk_bytes, needs_gradient))
+    return out.retain, out.forget, out.retain_count, out.forget_count, out.soft_label, None, None
+
 
 def head_loss(
     hidden: Tensor,
@@ -176,16 +211,12 @@ def head_loss(
     chunk_bytes: int,
 ) -> HeadResult:
     """The loss of :func:`rfa_fast.functional.rfa_head_loss` on fused kernels; arguments are taken as checked."""
-    recording = torch.is_grad_enabled()
+    if lora_a is None and not trained((weight, bias)):
+        return frozen_head_loss("triton", hidden, weight, labels, group, bias, softcap, fallback, chunk_bytes)
     fallback = None if fallback is None else fallback.detach()
-    if lora_a is not None or (recording and any(t is not None and t.requires_grad for t in (weight, bias))):
-        return _trained_head(
-            hidden, weight, labels, group, bias, lora_a, lora_b, scale, softcap, fallback, target, norm, chunk_bytes
-        )
-    hidden, weight, bias = autocast(hidden, weight, bias)  # type: ignore[assignment]
-    needs_gradient = recording and hidden.requires_grad
-    out = Head(*_HEAD(hidden, weight, bias, labels, group, fallback, softcap, chunk_bytes, needs_gradient))
-    return out.retain, out.forget, out.retain_count, out.forget_count, out.soft_label, None, None
+    return _trained_head(
+        hidden, weight, labels, group, bias, lora_a, lora_b, scale, softcap, fallback, target, norm, chunk_bytes
+    )
 
 
 def _trained_head(

@@ -206,7 +206,8 @@ def head_loss(
         return task_sums(logits, labels[part], group[part], soft_label), retain, forget
 
     size = max(1, chunk_bytes // (4 * weight.shape[0])) if backend != "reference" else max(1, len(hidden))
-    parts = [slice(start, start + size) for start in range(0, len(hidden), size)] or [slice(0, 0)]
+    # Counted first: a range that steps to the number of rows would fix that number under torch.compile.
+    parts = [slice(i * size, (i + 1) * size) for i in range((hidden.shape[0] + size - 1) // size)] or [slice(0, 0)]
     if len(parts) == 1:
         logits, retain, forget = logits_of(parts[0])
         soft_label, _ = mean_prediction(logits, labels, group, fallback=fallback)

@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from rfa_fast.objective import FORGET, IGNORED_LABEL, RETAIN
 from rfa_fast.ops.registration import register
+
+BLOCK_BYTES = 4 * 2**20
 
 
 class Roles(NamedTuple):
@@ -55,15 +56,22 @@ def _stats_host(
     logits: Tensor, labels: Tensor, group: Tensor, soft_label: Tensor | None, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
     kept, forgotten = roles(labels, group)
-    z = _capped(logits, softcap)
-    top = z.amax(1)
-    log_p = z - top[:, None]
-    log_total = log_p.logsumexp(1)
-    log_p -= log_total[:, None]
-    loss = torch.where(kept, -log_p.gather(1, torch.where(kept, labels, 0)[:, None]).squeeze(1), 0)
-    if soft_label is not None:
-        loss = torch.where(forgotten, -(log_p @ soft_label), loss)
-    return torch.where(kept | forgotten, torch.stack([top, log_total]), 0), loss
+    hits = torch.where(kept, labels, 0)[:, None]
+    stats, losses = [], []
+    for part in _blocks(logits):
+        z = _capped(logits[part], softcap)
+        top = z.amax(1, keepdim=True)
+        z -= top
+        hit = z.gather(1, hits[part]).squeeze(1)
+        # −Σ ỹ log p = Σ ỹ · log Z − Σ ỹ z, before z is overwritten.
+        soft = z @ soft_label if soft_label is not None else None
+        log_total = z.exp_().sum(1).log_()
+        loss = torch.where(kept[part], log_total - hit, 0)
+        if soft_label is not None and soft is not None:
+            loss = torch.where(forgotten[part], soft_label.sum() * log_total - soft, loss)
+        losses.append(loss)
+        stats.append(torch.stack([top.squeeze(1), log_total]))
+    return torch.where(kept | forgotten, torch.cat(stats, 1), 0), torch.cat(losses)
 
 
 def _gradient_launchers(
@@ -85,18 +93,27 @@ def _gradient_host(
     softcap: float | None, in_place: bool, columns: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     kept, forgotten = roles(labels, group)
-    z = _capped(logits, softcap)
-    p = torch.exp((z - lse[0, :, None]) - lse[1, :, None])
-    hit = F.one_hot(torch.where(kept, labels, 0), logits.shape[1])
-    du = torch.where(kept[:, None], p - hit, 0)
-    if soft_label is not None:
-        du = torch.where(forgotten[:, None], p * soft_label.sum() - soft_label, du)
-    if softcap is not None:
-        du = du * (1 - (z / softcap).square())
-    if weights is not None:
-        du = du * weights[:, None]
-    sums = torch.where(kept[:, None], p, 0).sum(0) if columns else None
-    return (logits.copy_(du) if in_place else du.to(logits.dtype)), sums
+    hits, minus_one = torch.where(kept, labels, 0)[:, None], -kept.float()[:, None]
+    mass = 0.0 if soft_label is None else soft_label.sum()
+    factor = torch.where(kept, 1.0, torch.where(forgotten, mass, 0.0))[:, None]
+    sums = torch.zeros(logits.shape[1], dtype=torch.float32, device=logits.device) if columns else None
+    result = logits if in_place else torch.empty_like(logits)
+    for part in _blocks(logits):
+        z = _capped(logits[part], softcap)
+        slope = None if softcap is None else 1 - (z / softcap).square()
+        du = z.sub_(lse[0, part, None]).sub_(lse[1, part, None]).exp_()
+        if sums is not None:
+            sums += kept[part].float() @ du
+        du *= factor[part]
+        du.scatter_add_(1, hits[part], minus_one[part])
+        if soft_label is not None:
+            du.addcmul_(forgotten[part].float()[:, None], soft_label, value=-1)
+        if slope is not None:
+            du *= slope
+        if weights is not None:
+            du *= weights[part, None]
+        result[part] = du
+    return result, sums
 
 
 def _sums_launchers(logits: Tensor, lse: Tensor, labels: Tensor, group: Tensor, softcap: float | None) -> Tensor:
@@ -109,13 +126,23 @@ def _sums_launchers(logits: Tensor, lse: Tensor, labels: Tensor, group: Tensor, 
 
 
 def _sums_host(logits: Tensor, lse: Tensor, labels: Tensor, group: Tensor, softcap: float | None) -> Tensor:
-    p = torch.exp((_capped(logits, softcap) - lse[0, :, None]) - lse[1, :, None])
-    return torch.where(roles(labels, group).kept[:, None], p, 0).sum(0)
+    kept = roles(labels, group).kept.float()
+    sums = torch.zeros(logits.shape[1], dtype=torch.float32, device=logits.device)
+    for part in _blocks(logits):
+        sums += kept[part] @ _capped(logits[part], softcap).sub_(lse[0, part, None]).sub_(lse[1, part, None]).exp_()
+    return sums
+
+
+def _blocks(logits: Tensor) -> list[slice]:
+    """Rows that are taken at a time, so that what is computed of them stays in the cache of a core."""
+    rows = max(1, BLOCK_BYTES // (4 * max(1, logits.shape[1])))
+    return [slice(start, start + rows) for start in range(0, logits.shape[0], rows)] or [slice(0, 0)]
 
 
 def _capped(logits: Tensor, softcap: float | None) -> Tensor:
-    wide = logits.float()
-    return wide if softcap is None else softcap * torch.tanh(wide / softcap)
+    """The logits in fp32, in a tensor of their own."""
+    wide = logits.to(torch.float32, copy=True)
+    return wide if softcap is None else wide.div_(softcap).tanh_().mul_(softcap)
 
 
 class Rowwise(NamedTuple):
