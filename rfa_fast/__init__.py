@@ -21,6 +21,7 @@ if (_root / "kernels" / "availability.py").is_file() and not (_root / "rfa_fast"
 from rfa_fast.config import RFAConfig  # noqa: E402
 from rfa_fast.objective import RFALoss  # noqa: E402
 from rfa_fast.patching import RFA, patch  # noqa: E402
+from rfa_fast.step import compile_step  # noqa: E402
 
 if _TYPE_CHECKING:
     from rfa_fast.adapters import load
@@ -31,7 +32,7 @@ try:
 except _metadata.PackageNotFoundError:  # a bare checkout on sys.path
     __version__ = "0+unknown"
 
-__all__ = ["RFA", "RFAConfig", "RFALoss", "__version__", "load", "patch", "unlearn"]
+__all__ = ["RFA", "RFAConfig", "RFALoss", "__version__", "compile_step", "load", "patch", "unlearn"]
 
 _LAZY = {"load": "rfa_fast.adapters", "unlearn": "rfa_fast.methods"}
 

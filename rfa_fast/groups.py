@@ -30,10 +30,12 @@ class Layout(NamedTuple):
     Attributes:
         view: `"batch"`, `"flat"` or `"sequence_first"`.
         group: int8 codes over the first axes of the batch-first view of the input.
+        by_token: the codes are those of tokens.
     """
 
     view: str
     group: Tensor
+    by_token: bool
 
 
 class LayerTerms(NamedTuple):
@@ -41,6 +43,30 @@ class LayerTerms(NamedTuple):
 
     retain: Tensor
     forget: Tensor
+
+
+class WholeBatch(NamedTuple):
+    """How many entries of each group an accumulated batch has, over all of its parts; int64 `(2,)`: retain, forget.
+
+    Attributes:
+        samples, tokens: entries of the codes.
+        labels: labelled rows.
+    """
+
+    samples: Tensor
+    tokens: Tensor
+    labels: Tensor
+
+    def share(self, counts: Tensor, codes: Tensor, code: int) -> Tensor:
+        """Entries of `code` among `codes`, over those of the whole batch: 0-dim fp32, 0 where there are none.
+
+        Example:
+            >>> two = torch.tensor([4, 1])
+            >>> whole = WholeBatch(two, two, two)
+            >>> whole.share(whole.samples, torch.tensor([0, 1], dtype=torch.int8), RETAIN)
+            tensor(0.2500)
+        """
+        return (codes == code).sum() / counts[code].clamp(min=1)
 
 
 @dataclass
@@ -51,13 +77,17 @@ class Batch:
         samples: int8 `(B,)`: 0 retain, 1 forget, −1 ignore.
         tokens: int8 `(B, T)`, or `None` when the inputs have no tokens.
         token_units: the unit of the losses is a token rather than a sample.
+        whole: the batch that this one is a part of, where gradients are accumulated.
     """
 
     samples: Tensor
     tokens: Tensor | None
     token_units: bool
+    whole: WholeBatch | None = None
 
-    def __len__(self) -> int:
+    @property
+    def size(self) -> int:
+        """B."""
         return self.samples.shape[0]
 
     @property
@@ -137,22 +167,47 @@ class GroupContext:
     means: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     losses: dict[str, LayerTerms] = field(default_factory=dict)
     mean_prediction: Tensor | None = None
+    memory: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     seen_retain: bool = False
     head_stands_aside: bool = True
+    head_is_aside: bool = False
+    reported: tuple[Batch, Mapping[str, tuple[Tensor, Tensor]]] | None = None
+    expects_gradient: bool = False
+    checkpointed: bool = False
+    replay: object | None = None
+    silent: bool = False
 
-    def begin(self, batch: Batch) -> None:
-        """Start a batch; reports of the one before are dropped."""
-        self.batch = batch
+    def begin(self, batch: Batch, memory: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Start a batch; reports of the one before are dropped.
+
+        Args:
+            memory: x̃ of the batches before by layer, and for which positions it is known.
+        """
+        self.batch, self.memory = batch, memory
+        self.expects_gradient, self.checkpointed = torch.is_grad_enabled(), False
         self.clear()
-        if batch.samples.device.type == "cpu" and not torch.compiler.is_compiling():
-            self._note_retain(bool((batch.samples == RETAIN).any()))
+        self.reported = batch, memory
+        if not torch.compiler.is_compiling():
+            self.note_retain(batch)
+
+    def forget_reports(self) -> None:
+        """Drop what the adapted model reported, but not what the original one did."""
+        self.calls, self.terms, self.means = {}, {}, {}
+
+    def end(self) -> None:
+        """The forward is over: outside of it a layer has no group. What was reported stays until it is cleared."""
+        self.batch, self.memory = None, {}
 
     def clear(self) -> None:
         """Drop what the layers reported: a finished batch must keep neither features nor a graph alive."""
         self.teacher, self.terms, self.calls, self.means = {}, {}, {}, {}
+        self.reported = None
 
-    def _note_retain(self, any_retain: bool) -> None:
-        if not any_retain and not self.seen_retain:
+    def note_retain(self, batch: Batch) -> None:
+        """Say so once if there is nothing to align with yet, where asking costs no device synchronisation."""
+        if self.seen_retain or batch.samples.device.type != "cpu":
+            return
+        if not bool((batch.samples == RETAIN).any()):
             warnings.warn(
                 "this batch has no retain sample and none came before it, so there is no mean feature to align with: "
                 "its forget terms are 0; use a sampler that puts retain samples into every batch",
@@ -161,7 +216,9 @@ class GroupContext:
         self.seen_retain = True
 
     def report(self, name: str, terms: LayerTerms) -> None:
-        """A layer hands in its terms."""
+        """A layer hands in its terms; not a second time."""
+        if self.silent:
+            return
         self.calls[name] = self.calls.get(name, 0) + 1
         self.terms[name] = terms
 
@@ -200,32 +257,45 @@ class GroupContext:
             raise ValueError(f"layer {name!r}: no batch is under way; call RFA.loss or enter RFA.groups first")
         rows = self.config.rows
         choice: str = rows.get(name, "auto") if isinstance(rows, Mapping) else rows
-        size, length = len(batch), batch.length
-        where = f"layer {name!r}: its input has leading axes {shape}, the batch has {size} samples"
-        where += "" if length is None else f" of {length} tokens"
+        size, length = batch.size, batch.length
         automatic = choice == "auto"
-        if automatic:
-            choice = _guess(shape, size, length, ambiguous, where)
+        fits = _fitting(shape, size, length, ambiguous) if automatic else [choice]
+        if len(fits) != 1:
+            raise ValueError(
+                f"{self._where(name, shape)}: got a shape that fits {' and '.join(fits) or 'no reading'}, expected "
+                "exactly one; pass rows='batch', rows='flat' (batch-major) or rows='sequence_first' to patch()"
+            )
+        choice = fits[0]
         if choice == "batch" and shape[:1] == (size,):
             fine = batch.tokens is not None and shape[:2] == tuple(batch.tokens.shape)
             if automatic and batch.tokens is not None and len(shape) > 1 and not fine:
                 raise ValueError(
-                    f"{where}: got {shape[1]} rows per sample, expected {length}; "
+                    f"{self._where(name, shape)}: got {shape[1]} rows per sample, expected {length}; "
                     "pass rows='batch' to patch() to align them by sample"
                 )
-            return Layout("batch", batch.tokens if fine and batch.tokens is not None else batch.samples)
+            return Layout("batch", batch.tokens if fine and batch.tokens is not None else batch.samples, fine)
         if choice == "flat" and shape and size and shape[0] % size == 0:
             if length is not None and batch.tokens is not None and shape[0] == size * length:
-                return Layout("flat", batch.tokens)
-            return Layout("flat", batch.samples)
+                return Layout("flat", batch.tokens, True)
+            return Layout("flat", batch.samples, False)
         if choice == "sequence_first" and len(shape) >= 2 and shape[1] == size:
             fine = batch.tokens is not None and shape[0] == length
-            return Layout("sequence_first", batch.tokens if fine and batch.tokens is not None else batch.samples)
-        raise ValueError(f"{where}: rows={choice!r} does not fit; expected rows='batch', 'flat' or 'sequence_first'")
+            return Layout("sequence_first", batch.tokens if fine and batch.tokens is not None else batch.samples, fine)
+        raise ValueError(
+            f"{self._where(name, shape)}: rows={choice!r} does not fit; expected rows='batch', 'flat' or "
+            "'sequence_first'"
+        )
+
+    def _where(self, name: str, shape: tuple[int, ...]) -> str:
+        """The beginning of a message; made when it is needed, since torch.compile cannot follow it."""
+        batch = self.batch
+        size, length = (0, None) if batch is None else (batch.size, batch.length)
+        tokens = "" if length is None else f" of {length} tokens"
+        return f"layer {name!r}: its input has leading axes {shape}, the batch has {size} samples{tokens}"
 
 
-def _guess(shape: tuple[int, ...], size: int, length: int | None, ambiguous: bool, where: str) -> str:
-    advice = "pass rows='batch', rows='flat' (batch-major) or rows='sequence_first' to patch()"
+def _fitting(shape: tuple[int, ...], size: int, length: int | None, ambiguous: bool) -> list[str]:
+    """The readings of a layer's input that its leading axes allow."""
     fits = []
     if shape[:1] == (size,):
         fits.append("batch")
@@ -233,11 +303,7 @@ def _guess(shape: tuple[int, ...], size: int, length: int | None, ambiguous: boo
         fits.append("sequence_first")
     if length is not None and length > 1 and len(shape) == 1 and shape[0] == size * length and size:
         fits.append("flat")
-    if len(fits) != 1:
-        raise ValueError(
-            f"{where}: got a shape that fits {' and '.join(fits) or 'no reading'}, expected exactly one; {advice}"
-        )
-    return fits[0]
+    return fits
 
 
 def batch_of(inputs: Tensor | Mapping[str, Any]) -> tuple[int, int | None, Tensor | None]:

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rfa_fast.functional import rfa_head_loss
+from rfa_fast.functional import HeadLoss, rfa_head_loss
 from rfa_fast.groups import Batch, GroupContext
 from rfa_fast.modules import RFALayer
-from rfa_fast.objective import IGNORED_LABEL, RETAIN, mean_prediction, task_sums
+from rfa_fast.objective import FORGET, IGNORE, IGNORED_LABEL, RETAIN, TaskSums, mean_prediction, task_sums
 from rfa_fast.targets import output_embeddings
 
 
@@ -69,6 +69,7 @@ def logits_and_task(
     labels: Tensor,
     batch: Batch,
     context: GroupContext,
+    fallback: Tensor | None,
 ) -> TaskTerms:
     """Run the model on a batch and return its task terms.
 
@@ -77,7 +78,8 @@ def logits_and_task(
         inputs: a tensor, or keyword arguments.
         labels: int64 `(B,)` or `(B, T)`, unshifted.
         batch: the group codes.
-        context: holds the ỹ of the batch before.
+        context: the model's.
+        fallback: ỹ of the batch before, for one without a labelled retain row.
 
     Raises:
         ValueError: logits whose shape does not fit the labels, or a label out of range.
@@ -86,24 +88,18 @@ def logits_and_task(
     shift = context.config.shift_labels
     if shift is None:
         shift = labels.ndim == 2 and predicts_next_token(model)
-    head = output_embeddings(model)
-    bare = head if isinstance(head, nn.Linear) and not isinstance(head, RFALayer) else None
-    if labels.ndim == 2 and bare is not None and context.head_stands_aside:
-        with _standing_aside(bare) as captured:
-            output = _logits(_run(model, inputs))
-        if len(captured) == 1 and output is captured[0]:
-            _check_length(labels, output)
-            rows, codes = _token_rows(labels, batch, shift)
-            _check_range(rows, codes, bare.weight.shape[0])
-            sums = rfa_head_loss(
-                output.flatten(0, 1), bare.weight, rows, codes, bare.bias,
-                mean_prediction=context.mean_prediction, backend=context.config.backend,
-            )  # fmt: skip
-            return TaskTerms(
-                sums.retain / sums.retain_count.clamp(min=1), sums.forget / sums.forget_count.clamp(min=1),
-                sums.mean_prediction,
-            )  # fmt: skip
-        context.calls, context.terms, context.means, context.head_stands_aside = {}, {}, {}, False
+    head = output_layer(model, context)
+    if labels.ndim == 2 and head is not None and context.head_stands_aside:
+        if context.head_is_aside:
+            hidden: Tensor | None = _logits(_run(model, inputs))
+        else:
+            with standing_aside(head) as seen:
+                output = _logits(_run(model, inputs))
+            hidden = output if len(seen) == 1 and output is seen[0] else None
+        if hidden is not None:
+            return _fused(head, hidden, labels, batch, context, fallback, shift)
+        context.forget_reports()
+        context.head_stands_aside = False
     logits = _logits(_run(model, inputs))
     if labels.ndim == 2:
         _check_length(labels, logits)
@@ -116,12 +112,77 @@ def logits_and_task(
                 f"labels: got shape {tuple(labels.shape)} beside logits {tuple(logits.shape)}, expected (B, C)"
             )
     _check_range(rows, codes, logits.shape[1])
-    fallback = context.mean_prediction
     soft_label, _ = mean_prediction(logits, rows, codes, fallback=fallback)
-    terms = task_sums(logits, rows, codes, soft_label)
-    return TaskTerms(
-        terms.retain / terms.retain_count.clamp(min=1), terms.forget / terms.forget_count.clamp(min=1), soft_label
-    )
+    return _terms(task_sums(logits, rows, codes, soft_label), soft_label, batch)
+
+
+def output_layer(model: nn.Module, context: GroupContext) -> nn.Linear | None:
+    """The language-model head whose product can be taken chunk by chunk, or `None`.
+
+    An adapted one can be, too, unless teacher mode wants to know its original logits.
+
+    Example:
+        >>> output_layer(nn.Linear(2, 2), GroupContext(RFAConfig())) is None
+        True
+    """
+    head = output_embeddings(model)
+    if not isinstance(head, nn.Linear):
+        return None
+    if not isinstance(head, RFALayer):
+        return head
+    return head if head.adapter == "lora" and context.config.mode == "residual" and context.enabled else None
+
+
+def _fused(
+    head: nn.Linear, hidden: Tensor, labels: Tensor, batch: Batch, context: GroupContext, fallback: Tensor | None,
+    shift: bool,
+) -> TaskTerms:  # fmt: skip
+    """The terms from hidden states `(B, T, K)`; an adapted head reports its alignment as every layer does."""
+    _check_length(labels, hidden)
+    rows, codes = _token_rows(labels, batch, shift)
+    _check_range(rows, codes, head.weight.shape[0])
+    config = context.config
+    if not isinstance(head, RFALayer):
+        sums = rfa_head_loss(
+            hidden.flatten(0, 1), head.weight, rows, codes, head.bias, mean_prediction=fallback, backend=config.backend
+        )
+        return _terms(sums, sums.mean_prediction, batch)
+    target, known = head.target(hidden.flatten(0, 1), codes)
+    aimed = torch.where(known | (codes == RETAIN), codes, IGNORE)
+    # Rows without a target have none in the alignment; their cross-entropy against ỹ is the fallback's affair.
+    sums = rfa_head_loss(
+        hidden.flatten(0, 1), head.weight, rows, codes, head.bias, lora_a=head.lora_a, lora_b=head.lora_b,
+        scale=head.scale, mean_prediction=fallback, target=target, norm=config.norm, backend=config.backend,
+    )  # fmt: skip
+    if sums.retain_align is None or sums.forget_align is None:
+        raise ValueError(f"layer {head.rfa_name!r}: the operator returned no loss for its group")
+    forget = torch.where(known, sums.forget_align, 0)
+    head.report(sums.retain_align, forget, codes, aimed, (codes.shape[0], head.weight.shape[0]), by_token=True)
+    return _terms(sums, sums.mean_prediction, batch)
+
+
+def _terms(sums: TaskSums | HeadLoss, soft_label: Tensor, batch: Batch) -> TaskTerms:
+    """Sums over the labelled rows, divided by how many there are in the batch, or in the whole it is a part of."""
+    retain, forget = sums.retain_count, sums.forget_count
+    if batch.whole is not None:
+        retain, forget = batch.whole.labels[RETAIN], batch.whole.labels[FORGET]
+    return TaskTerms(sums.retain / retain.clamp(min=1), sums.forget / forget.clamp(min=1), soft_label)
+
+
+def labelled_rows(labels: Tensor, batch: Batch, model: nn.Module, context: GroupContext) -> Tensor:
+    """How many labelled rows each group has in a batch: int64 `(2,)`, retain and forget.
+
+    Example:
+        >>> batch = Batch(torch.tensor([0, 1, 1], dtype=torch.int8), None, False)
+        >>> labelled_rows(torch.tensor([3, 4, -100]), batch, nn.Linear(2, 2), GroupContext(RFAConfig()))
+        tensor([1, 1])
+    """
+    shift = context.config.shift_labels
+    if shift is None:
+        shift = labels.ndim == 2 and predicts_next_token(model)
+    rows, codes = _token_rows(labels, batch, shift) if labels.ndim == 2 else (labels, batch.samples)
+    used = rows != IGNORED_LABEL
+    return torch.stack([(used & (codes == RETAIN)).sum(), (used & (codes == FORGET)).sum()])
 
 
 def _run(model: nn.Module, inputs: Tensor | Mapping[str, Any]) -> object:
@@ -145,12 +206,20 @@ def _logits(output: object) -> Tensor:
 
 
 @contextmanager
-def _standing_aside(head: nn.Linear) -> Iterator[list[Tensor]]:
-    """Let a head hand its input through, and note what it got."""
+def standing_aside(head: nn.Linear) -> Iterator[list[Tensor]]:
+    """Let a head hand its input through, and note what it got (but not under torch.compile).
+
+    Example:
+        >>> head = nn.Linear(3, 5)
+        >>> with standing_aside(head) as seen:
+        ...     head(torch.zeros(1, 3)).shape
+        torch.Size([1, 3])
+    """
     captured: list[Tensor] = []
 
     def pass_through(hidden: Tensor) -> Tensor:
-        captured.append(hidden)
+        if not torch.compiler.is_compiling():
+            captured.append(hidden)
         return hidden
 
     object.__setattr__(head, "forward", pass_through)

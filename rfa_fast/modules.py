@@ -9,6 +9,7 @@ restoring is giving the class back. No mathematics happens here: operators come 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rfa_fast import functional
+from rfa_fast.checkpointing import note_region, replayed, runs_again
 from rfa_fast.config import RFAConfig
 from rfa_fast.groups import GroupContext, LayerTerms, flat_rows
 from rfa_fast.objective import (
@@ -73,9 +75,14 @@ class RFALayer(nn.Module):
         if not context.enabled:
             plain: Tensor = self.rfa_original_class.forward(self, x)
             return plain
-        if context.batch is None:
-            return self._operate(x, None, None, None, per_sample=False).output
-        return self._aligned(x, context)
+        if context.batch is not None:
+            if not torch.compiler.is_compiling():
+                note_region(context, self.rfa_name)
+            return self._aligned(x, context)
+        if not torch.compiler.is_compiling() and runs_again(context):
+            with replayed(context):
+                return self._aligned(x, context)
+        return self._operate(x, None, None, None, per_sample=False).output
 
     def _aligned(self, x: Tensor, context: GroupContext) -> Tensor:
         batch, config, name = context.batch, context.config, self.rfa_name
@@ -83,7 +90,7 @@ class RFALayer(nn.Module):
             raise ValueError(f"layer {name!r}: no batch is under way")
         leading = x.shape[:1] if self._is_convolution() else x.shape[:-1]
         layout = context.layout(name, tuple(leading), ambiguous=self.rfa_ambiguous)
-        size, codes = len(batch), layout.group
+        size, codes = batch.size, layout.group
         if layout.view == "flat" and self._is_convolution():
             codes = flat_rows(size, x.shape[0], codes)
         batch_first = self._batch_first(x, layout.view, size)
@@ -104,15 +111,36 @@ class RFALayer(nn.Module):
             out = self._operate(batch_first, aimed, target, frozen_feature, per_sample=per_sample)
         if out.retain_loss is None or out.forget_loss is None:
             raise ValueError(f"layer {name!r}: the operator returned no loss for its group")
-        feature = out.output.shape
-        context.report(
-            name,
-            LayerTerms(
-                out.retain_loss / units_and_elements(codes, feature, RETAIN, norm=config.norm, per_sample=per_sample),
-                out.forget_loss / units_and_elements(aimed, feature, FORGET, norm=config.norm, per_sample=per_sample),
-            ),
-        )
+        self.report(
+            out.retain_loss, out.forget_loss, codes, aimed, out.output.shape, by_token=layout.by_token,
+            per_sample=per_sample,
+        )  # fmt: skip
         return self._restored(out.output, layout.view, x)
+
+    def report(
+        self, retain: Tensor, forget: Tensor, codes: Tensor, aimed: Tensor, shape: Sequence[int], *, by_token: bool,
+        per_sample: bool = False,
+    ) -> None:  # fmt: skip
+        """Hand the sums over each group to the context, as means.
+
+        Args:
+            codes, aimed: of the retain and of the forget sum.
+            shape: of the feature.
+            by_token: the codes are those of tokens.
+        """
+        context, norm = self.rfa_context, self.rfa_context.config.norm
+        retain = retain / units_and_elements(codes, shape, RETAIN, norm=norm, per_sample=per_sample)
+        forget = forget / units_and_elements(aimed, shape, FORGET, norm=norm, per_sample=per_sample)
+        if context.batch is not None and context.batch.whole is not None:
+            whole = context.batch.whole
+            tokens = by_token and not (per_sample and norm == "l2")
+            counts, own = (whole.tokens, codes) if tokens else (whole.samples, context.batch.samples)
+            retain, forget = retain * whole.share(counts, own, RETAIN), forget * whole.share(counts, own, FORGET)
+        context.report(self.rfa_name, LayerTerms(retain, forget))
+
+    def target(self, hidden: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+        """x̃ `(N,)` of rows `(rows, K)`, of this batch or of one before, and whether it is known, 0-dim."""
+        return self._target(hidden, None, codes, True)
 
     def _target(self, x: Tensor, teacher: Tensor | None, codes: Tensor, token_units: bool) -> tuple[Tensor, Tensor]:
         """x̃ of this batch, or of the most recent one that had retain rows; and for which codes it is known."""
@@ -126,7 +154,7 @@ class RFALayer(nn.Module):
                 fresh = fresh[0] if spatial else fresh
             if spatial and token_units:
                 fresh = fresh.mean((-2, -1), keepdim=True)
-            stored, stored_known = self.feature_mean, self.feature_mean_known
+            stored, stored_known = self.rfa_context.memory.get(self.rfa_name, (None, None))
             if stored is not None and stored_known is not None and stored.shape == fresh.shape:
                 target, known = torch.where(usable, fresh, stored.to(fresh)), usable | stored_known
             else:
@@ -264,7 +292,7 @@ class RFALayer(nn.Module):
     def _with_own_mean(self, x: Tensor, codes: Tensor, per_sample: bool) -> tuple[functional.RFAOutput, Tensor] | None:
         if self._is_convolution() or self.adapter != "lora":
             return None
-        config, stored, known = self.rfa_context.config, self.feature_mean, self.feature_mean_known
+        config, (stored, known) = self.rfa_context.config, self.rfa_context.memory.get(self.rfa_name, (None, None))
         remembered = stored is not None and known is not None and stored.shape == self._rows_weight().shape[:1]
         found = functional.rfa_linear_and_mean(
             x, self._rows_weight(), self.lora_a, self.lora_b, self.bias, scale=self.scale, group=codes,
@@ -275,7 +303,8 @@ class RFALayer(nn.Module):
             return None
         usable = (codes == RETAIN).any()
         usable = usable | known.reshape(()) if remembered and known is not None else usable
-        self.rfa_context.means[self.rfa_name] = (found[1], usable)
+        # A tensor of its own: torch.compile hands no result of an autograd function out of a checkpointed block.
+        self.rfa_context.means[self.rfa_name] = (found[1].clone(), usable)
         return found[0], usable
 
     def _batch_first(self, x: Tensor, view: str, size: int) -> Tensor:

@@ -17,19 +17,30 @@ import torch
 from torch import Tensor, nn
 
 from rfa_fast import targets as targets_module
+from rfa_fast.checkpointing import mark
 from rfa_fast.config import RFAConfig
-from rfa_fast.groups import Batch, GroupContext, LayerTerms, batch_of, make_batch
-from rfa_fast.head import check_labels, logits_and_task
+from rfa_fast.groups import GroupContext, LayerTerms, make_batch
 from rfa_fast.layer_report import Report, describe
+from rfa_fast.loss import (
+    Evaluation,
+    Inputs,
+    alignment,
+    eval_behaviour,
+    evaluate,
+    keep,
+    prepare,
+    record_teacher,
+    remembered,
+    token_units,
+)
 from rfa_fast.modules import RFALayer, adapt, restore
 from rfa_fast.names import canonical_names
-from rfa_fast.objective import RFALoss, accumulation_dtype, combine
+from rfa_fast.objective import RFALoss, combine
 from rfa_fast.ops import backends
+from rfa_fast.prefix import Prefix
 from rfa_fast.ranks import fit_ranks
 from rfa_fast.targets import Plan, Targets
 from rfa_fast.undo import Undo
-
-Inputs = Tensor | Mapping[str, Any]
 
 
 def patch(model: nn.Module, targets: Targets = "deep", **options: Any) -> RFA:
@@ -119,6 +130,7 @@ class RFA:
             self.remove()
             raise
         self._undo.forbid_in_place()
+        self._prefix = Prefix(model, plan.blocks, self.names)
         model.eval()
 
     def parameters(self) -> list[nn.Parameter]:
@@ -210,32 +222,20 @@ class RFA:
             tensor(0., grad_fn=<AddBackward0>)
         """
         self._check_live()
-        if isinstance(inputs, Mapping) and "labels" in inputs:
-            raise ValueError("inputs: got the key 'labels', expected labels as an argument of their own")
-        if not isinstance(inputs, Tensor | Mapping):
-            raise TypeError(f"inputs: got {type(inputs).__name__}, expected a tensor or a dict of keyword arguments")
-        size, length, mask = batch_of(inputs)
         self._check_enabled()
-        check_labels(labels, size, self._device())
-        token_units = self._token_units(length is not None)
-        device = self._device()
-        batch = make_batch(forget, valid, device=device, size=size, length=length, token_units=token_units)
-        if mask is not None:
-            both = mask if valid is None else mask & (valid if valid.ndim == 2 else valid[:, None])
-            batch = make_batch(forget, both, device=device, size=size, length=length, token_units=token_units)
-        with self._under_way(batch):
-            if self.config.mode == "teacher":
-                self._teacher_pass(
-                    (inputs,) if isinstance(inputs, Tensor) else (), {} if isinstance(inputs, Tensor) else inputs
-                )
-            task = logits_and_task(self.model, inputs, labels, batch, self._context)
-            retain, forget_term = self._alignment()
-            self._commit()
-        self._context.mean_prediction = task.mean_prediction.detach()
-        return combine(
-            retain, forget_term, task.retain, task.forget, layers=len(self.names), gamma=self.config.gamma,
-            weights=self.config.weights,
-        )  # fmt: skip
+        batch = prepare(self.config, inputs, labels, forget, valid, self._device())
+        with self._one_at_a_time(), eval_behaviour(self.model):
+            found = evaluate(
+                self.model, self.names, self._context, self._prefix, inputs, labels, batch, remembered(self.layers),
+                self._context.mean_prediction,
+            )  # fmt: skip
+        self._keep(found)
+        return found.losses
+
+    def _keep(self, found: Evaluation) -> None:
+        rows = zip(self.names, found.terms.unbind(0), strict=True)
+        keep(self.layers, self._context, found.means, {name: LayerTerms(*row.unbind(0)) for name, row in rows})
+        self._context.mean_prediction = found.mean_prediction
 
     @contextmanager
     def groups(self, forget: Tensor, valid: Tensor | None = None) -> Iterator[None]:
@@ -256,15 +256,17 @@ class RFA:
         self._check_live()
         self._check_enabled()
         tokens_by_input = getattr(self.model, "main_input_name", None) == "input_ids"
-        token_units = self._token_units(tokens_by_input or (valid is not None and valid.ndim == 2))
-        batch = make_batch(forget, valid, device=self._device(), token_units=token_units)
+        by_token = token_units(self.config, tokens_by_input or (valid is not None and valid.ndim == 2))
+        batch = make_batch(forget, valid, device=self._device(), token_units=by_token)
         hook = None
         if self.config.mode == "teacher":
             hook = self.model.register_forward_pre_hook(self._before_student, with_kwargs=True)
         try:
-            with self._under_way(batch):
+            with self._one_at_a_time(), eval_behaviour(self.model), self._prefix.shared(self._context):
+                self._context.begin(batch, remembered(self.layers))
                 yield
         finally:
+            self._context.end()
             if hook is not None:
                 hook.remove()
 
@@ -275,12 +277,14 @@ class RFA:
             ValueError: no forward ran, or an adapted layer did not run exactly once.
         """
         self._check_live()
-        retain, forget = self._alignment()
-        self._commit()
+        retain, forget = alignment(self.names, self._context)
+        keep(self.layers, self._context, self._context.means, self._context.terms)
         zero = torch.zeros_like(retain)
         terms = combine(
             retain, forget, zero, zero, layers=len(self.names), gamma=self.config.gamma, weights=self.config.weights
         )
+        terms = mark(terms, self._context)
+        self._context.clear()
         return self.config.gamma / len(self.names) * terms.align
 
     def layer_losses(self) -> dict[str, LayerTerms]:
@@ -374,52 +378,15 @@ class RFA:
         self._check_live()
         return save_adapter(self, directory, overwrite=overwrite)
 
-    def _teacher_pass(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Run the original model and keep the features of the layers to adapt."""
-        self._context.recording = True
-        try:
-            with torch.no_grad():
-                self.model(*args, **kwargs)
-        finally:
-            self._context.recording = False
-        self._context.check_calls(self.names)
-        self._context.calls = {}
-
     def _before_student(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._context.enabled and not self._context.recording:
-            self._teacher_pass(args, kwargs)
+            record_teacher(self.model, self.names, self._context, args, kwargs)
 
     @contextmanager
-    def _under_way(self, batch: Batch) -> Iterator[None]:
-        """Eval behaviour and group codes for one forward; train flags come back afterwards."""
+    def _one_at_a_time(self) -> Iterator[None]:
         if self._context.batch is not None:
             raise ValueError("groups: got a second batch while one is under way, expected one at a time")
-        training = [module for module in self.model.modules() if module.training]
-        for module in training:
-            module.training = False
-        self._context.begin(batch)
-        try:
-            yield
-        finally:
-            self._context.batch = None
-            for module in training:
-                module.training = True
-
-    def _alignment(self) -> tuple[Tensor, Tensor]:
-        self._context.check_calls(self.names)
-        wide = accumulation_dtype(next(iter(self._context.terms.values())).retain.dtype)
-        terms = [self._context.terms[name] for name in self.names]
-        retain = sum((t.retain.to(wide) for t in terms[1:]), start=terms[0].retain.to(wide) + 0)
-        forget = sum((t.forget.to(wide) for t in terms[1:]), start=terms[0].forget.to(wide) + 0)
-        return retain, forget
-
-    def _commit(self) -> None:
-        """The batch is good: keep its means for batches without retain samples, and let its graph go."""
-        context = self._context
-        for name, (mean, known) in context.means.items():
-            self.layers[name].feature_mean, self.layers[name].feature_mean_known = mean, known
-        context.losses = {n: LayerTerms(t.retain.detach(), t.forget.detach()) for n, t in context.terms.items()}
-        context.clear()
+        yield
 
     def _check_enabled(self) -> None:
         if not self._context.enabled:
@@ -430,10 +397,6 @@ class RFA:
             restore(layer)
         self._undo.restore(keep_untied=keep_untied)
         self._live = False
-
-    def _token_units(self, has_tokens: bool) -> bool:
-        """Whether a unit of the losses is a token rather than a sample, as `feature_mean` says."""
-        return self.config.feature_mean == "token" or (self.config.feature_mean == "auto" and has_tokens)
 
     def _device(self) -> torch.device:
         device: torch.device = next(iter(self.layers.values())).weight.device

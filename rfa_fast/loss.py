@@ -1,0 +1,194 @@
+"""The loss of one batch, from a model's inputs to eq. 6: what `RFA.loss` and `compile_step` have in common.
+
+In three parts, because only the one in the middle can be compiled. :func:`prepare` reads values and checks them.
+:func:`evaluate` takes tensors and returns tensors: what it notes in the context on its way is gone when it returns,
+and what has to outlive the batch (x̃ of every layer, ỹ) is among its results. :func:`keep` puts that where the next
+batch finds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rfa_fast.checkpointing import blocks_checkpoint, mark
+from rfa_fast.config import RFAConfig
+from rfa_fast.groups import Batch, GroupContext, LayerTerms, WholeBatch, batch_of, make_batch
+from rfa_fast.head import check_labels, logits_and_task
+from rfa_fast.modules import RFALayer
+from rfa_fast.objective import RFALoss, accumulation_dtype, combine
+from rfa_fast.prefix import Prefix
+
+Inputs = Tensor | Mapping[str, Any]
+Means = Mapping[str, tuple[Tensor, Tensor]]
+
+
+class Evaluation(NamedTuple):
+    """What a batch gives.
+
+    Attributes:
+        losses: eq. 1-6.
+        terms: per layer, retain and forget alignment, `(m, 2)` detached.
+        means: per layer x̃, and for which positions it is known.
+        mean_prediction: ỹ.
+    """
+
+    losses: RFALoss
+    terms: Tensor
+    means: dict[str, tuple[Tensor, Tensor]]
+    mean_prediction: Tensor
+
+
+def token_units(config: RFAConfig, has_tokens: bool) -> bool:
+    """Whether a unit of the losses is a token rather than a sample, as `feature_mean` says.
+
+    Example:
+        >>> token_units(RFAConfig(), True), token_units(RFAConfig(feature_mean="sample"), True)
+        (True, False)
+    """
+    return config.feature_mean == "token" or (config.feature_mean == "auto" and has_tokens)
+
+
+def prepare(
+    config: RFAConfig, inputs: Inputs, labels: Tensor, forget: Tensor, valid: Tensor | None, device: torch.device
+) -> Batch:
+    """Check a batch and turn its masks into group codes; arguments as :meth:`RFA.loss`.
+
+    Raises:
+        TypeError, ValueError: a mask or labels of the wrong dtype, shape or device.
+    """
+    if isinstance(inputs, Mapping) and "labels" in inputs:
+        raise ValueError("inputs: got the key 'labels', expected labels as an argument of their own")
+    if not isinstance(inputs, Tensor | Mapping):
+        raise TypeError(f"inputs: got {type(inputs).__name__}, expected a tensor or a dict of keyword arguments")
+    size, length, mask = batch_of(inputs)
+    check_labels(labels, size, device)
+    by_token = token_units(config, length is not None)
+    batch = make_batch(forget, valid, device=device, size=size, length=length, token_units=by_token)
+    if mask is None:
+        return batch
+    both = mask if valid is None else mask & (valid if valid.ndim == 2 else valid[:, None])
+    return make_batch(forget, both, device=device, size=size, length=length, token_units=by_token)
+
+
+def evaluate(
+    model: nn.Module,
+    names: Sequence[str],
+    context: GroupContext,
+    prefix: Prefix,
+    inputs: Inputs,
+    labels: Tensor,
+    batch: Batch,
+    memory: Means,
+    mean_prediction: Tensor | None,
+) -> Evaluation:
+    """Run the patched model, which has eval behaviour, on a batch.
+
+    Args:
+        names: the adapted layers.
+        prefix: what need not run twice in teacher mode.
+        memory, mean_prediction: of the batch before, for groups this one does not have.
+
+    Raises:
+        ValueError: an adapted layer that did not run exactly once, or labels that do not fit.
+    """
+    context.begin(batch, memory)
+    try:
+        with prefix.shared(context):
+            if context.config.mode == "teacher":
+                args, kwargs = ((inputs,), {}) if isinstance(inputs, Tensor) else ((), inputs)
+                record_teacher(model, names, context, args, kwargs)
+            task = logits_and_task(model, inputs, labels, batch, context, mean_prediction)
+        retain, forget = alignment(names, context)
+        losses = combine(
+            retain, forget, task.retain, task.forget, layers=len(names), gamma=context.config.gamma,
+            weights=context.config.weights,
+        )  # fmt: skip
+        losses = mark(losses, context)
+        pairs = [torch.stack(tuple(context.terms[name])) for name in names]
+        means = {name: context.means[name] for name in names if name in context.means}
+        return Evaluation(losses, torch.stack(pairs).detach(), means, task.mean_prediction.detach())
+    finally:
+        context.end()
+        context.clear()
+
+
+def alignment(names: Sequence[str], context: GroupContext) -> tuple[Tensor, Tensor]:
+    """Σ over the layers of their retain and forget terms.
+
+    Raises:
+        ValueError: an adapted layer that did not run exactly once.
+    """
+    context.check_calls(names)
+    wide = accumulation_dtype(context.terms[names[0]].retain.dtype)
+    terms = [context.terms[name] for name in names]
+    retain = sum((t.retain.to(wide) for t in terms[1:]), start=terms[0].retain.to(wide) + 0)
+    forget = sum((t.forget.to(wide) for t in terms[1:]), start=terms[0].forget.to(wide) + 0)
+    return retain, forget
+
+
+def record_teacher(
+    model: nn.Module, names: Sequence[str], context: GroupContext, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> None:
+    """Run the original model and note the features of the layers that are adapted."""
+    context.recording = True
+    try:
+        with torch.no_grad():
+            model(*args, **kwargs)
+    finally:
+        context.recording = False
+    context.check_calls(names)
+    context.calls = {}
+
+
+def remembered(layers: Mapping[str, RFALayer]) -> dict[str, tuple[Tensor, Tensor]]:
+    """x̃ of the most recent batches, of the layers that have one."""
+    pairs = {name: (layer.feature_mean, layer.feature_mean_known) for name, layer in layers.items()}
+    return {name: (mean, known) for name, (mean, known) in pairs.items() if mean is not None and known is not None}
+
+
+def keep(layers: Mapping[str, RFALayer], context: GroupContext, means: Means, terms: Mapping[str, LayerTerms]) -> None:
+    """The batch is good: keep its means for batches without retain samples, and its terms for who asks."""
+    for name, (mean, known) in means.items():
+        layers[name].feature_mean, layers[name].feature_mean_known = mean.detach(), known
+    context.losses = {name: LayerTerms(t.retain.detach(), t.forget.detach()) for name, t in terms.items()}
+
+
+@contextmanager
+def eval_behaviour(model: nn.Module) -> Iterator[None]:
+    """No dropout, no batch statistics, no cache of keys and values; everything comes back as it was."""
+    training = [module for module in model.modules() if module.training]
+    found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    configs = {id(config): config for config in found if getattr(config, "use_cache", None) is True}
+    for module in training:
+        module.training = False
+    for config in configs.values():
+        config.use_cache = False
+    try:
+        with blocks_checkpoint(model):
+            yield
+    finally:
+        for config in configs.values():
+            config.use_cache = True
+        for module in training:
+            module.training = True
+
+
+__all__ = [
+    "Evaluation",
+    "Inputs",
+    "Means",
+    "WholeBatch",
+    "alignment",
+    "eval_behaviour",
+    "evaluate",
+    "keep",
+    "prepare",
+    "record_teacher",
+    "remembered",
+    "token_units",
+]

@@ -1,0 +1,111 @@
+"""The frozen prefix: the repeated blocks before the first adapted one, whose output no adapter changes.
+
+It has nothing to train, so autograd keeps nothing of it. Teacher mode needs its output twice, once for the original
+model and once for the adapted one, and it is the same: the blocks run for the first and answer the second from what
+they returned. The same holds from one epoch to the next while the inputs stay as they are, which is what
+:mod:`rfa_fast.prefix_cache` is for.
+
+Blocks are found by structure (:func:`rfa_fast.targets.repeated_blocks`). A block answers by a function put in front of
+its `forward` for the time of one batch; its class, its hooks and its parameters stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rfa_fast.groups import GroupContext
+
+
+class Prefix:
+    """The blocks of a model that come before its first adapted layer.
+
+    Args:
+        model: the patched model.
+        blocks: names of its repeated blocks, in order.
+        adapted: names of its adapted layers.
+
+    Attributes:
+        names: the blocks of the prefix; none where the first block is adapted, or an adapted layer lies outside
+            the blocks and may run before them.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
+        >>> Prefix(net, ["0", "1", "2"], ["2"]).names
+        ('0', '1')
+    """
+
+    def __init__(self, model: nn.Module, blocks: Sequence[str], adapted: Sequence[str]) -> None:
+        order = [name for name, _ in model.named_modules()]
+        first_block = order.index(blocks[0]) if blocks else 0
+        before = [name for name in adapted if order.index(name) < first_block]
+        names: list[str] = []
+        for block in blocks if not before else ():
+            if any(name == block or name.startswith(f"{block}.") for name in adapted):
+                break
+            names.append(block)
+        self.names = tuple(names)
+        self._blocks = [model.get_submodule(name) for name in names]
+        self._runs = _adjacent(names)
+
+    @contextmanager
+    def shared(self, context: GroupContext) -> Iterator[None]:
+        """In teacher mode, let the prefix run for the original model only; nothing otherwise."""
+        # A compiled graph finds equal computations by itself.
+        if not self._blocks or context.config.mode != "teacher" or torch.compiler.is_compiling():
+            yield
+            return
+        kept: dict[int, Any] = {}
+        own = [block.__dict__.get("forward") for block in self._blocks]
+        for index, block in enumerate(self._blocks):
+            object.__setattr__(block, "forward", self._answering(index, block.forward, context, kept))
+        try:
+            yield
+        finally:
+            for block, before in zip(self._blocks, own, strict=True):
+                if before is None:
+                    object.__delattr__(block, "forward")
+                else:
+                    object.__setattr__(block, "forward", before)
+            kept.clear()
+
+    def _answering(
+        self, index: int, original: Callable[..., Any], context: GroupContext, kept: dict[int, Any]
+    ) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if not context.recording:
+                return kept[self._owner(index, kept)]
+            # What goes straight into the next block of the same list is not needed a second time.
+            if self._runs[index] and args and _hands_over(kept.get(index - 1), args[0]):
+                del kept[index - 1]
+            kept[index] = original(*args, **kwargs)
+            return kept[index]
+
+        return forward
+
+    def _owner(self, index: int, kept: dict[int, Any]) -> int:
+        """The block whose output stands for block `index`'s: its own, or the one that took it over."""
+        while index not in kept:
+            index += 1
+        return index
+
+
+def _adjacent(names: Sequence[str]) -> list[bool]:
+    """Whether a block directly follows the one before it in one list."""
+    flags = []
+    for index, name in enumerate(names):
+        parent, _, key = name.rpartition(".")
+        other, _, before = names[index - 1].rpartition(".") if index else ("", "", "")
+        flags.append(
+            bool(index) and parent == other and key.isdigit() and before.isdigit() and int(key) == int(before) + 1
+        )
+    return flags
+
+
+def _hands_over(output: Any, argument: Any) -> bool:
+    first = output[0] if isinstance(output, tuple) and output else output
+    return isinstance(first, Tensor) and first is argument
