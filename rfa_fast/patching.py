@@ -33,12 +33,13 @@ from rfa_fast.loss import (
     remembered,
     token_units,
 )
-from rfa_fast.modules import RFALayer, adapt, restore
+from rfa_fast.modules import RFALayer
 from rfa_fast.names import canonical_names
 from rfa_fast.objective import RFALoss, combine
 from rfa_fast.ops import backends
 from rfa_fast.prefix import Prefix
 from rfa_fast.ranks import fit_ranks
+from rfa_fast.swap import adapt, restore
 from rfa_fast.targets import Plan, Targets
 from rfa_fast.undo import Undo
 
