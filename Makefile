@@ -41,7 +41,7 @@ test: lint ## linter, types, tests with coverage (what CI runs)
 	$(TEST_ENV) $(BIN)/pytest -q -n $(WORKERS) --maxprocesses 8 --dist loadfile --cov --cov-report=term
 
 test-long: setup ## the tests that take minutes
-	$(TEST_ENV) $(BIN)/pytest -m 'long and not gpu'
+	$(TEST_ENV) $(BIN)/pytest -q -n $(WORKERS) --maxprocesses 8 --dist load -m 'long and not gpu'
 
 lint: setup ## linter, formatter in check mode, strict types
 	$(BIN)/ruff check .
