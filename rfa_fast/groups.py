@@ -172,6 +172,7 @@ class GroupContext:
     head_stands_aside: bool = True
     head_is_aside: bool = False
     reported: tuple[Batch, Mapping[str, tuple[Tensor, Tensor]]] | None = None
+    prefix_output: Tensor | None = None
     expects_gradient: bool = False
     checkpointed: bool = False
     replay: object | None = None

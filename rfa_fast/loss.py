@@ -85,6 +85,7 @@ def evaluate(
     batch: Batch,
     memory: Means,
     mean_prediction: Tensor | None,
+    prefix_output: Tensor | None = None,
 ) -> Evaluation:
     """Run the patched model, which has eval behaviour, on a batch.
 
@@ -92,11 +93,13 @@ def evaluate(
         names: the adapted layers.
         prefix: what need not run twice in teacher mode.
         memory, mean_prediction: of the batch before, for groups this one does not have.
+        prefix_output: what the prefix returns for this batch, where that is known and its blocks answer with it.
 
     Raises:
         ValueError: an adapted layer that did not run exactly once, or labels that do not fit.
     """
     context.begin(batch, memory)
+    context.prefix_output = prefix_output
     try:
         with prefix.shared(context):
             if context.config.mode == "teacher":
@@ -115,6 +118,7 @@ def evaluate(
     finally:
         context.end()
         context.clear()
+        context.prefix_output = None
 
 
 def alignment(names: Sequence[str], context: GroupContext) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ its `forward` for the time of one batch; its class, its hooks and its parameters
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from rfa_fast.groups import GroupContext
+
+
+class _Done(Exception):
+    """The prefix has returned."""
 
 
 class Prefix:
@@ -50,19 +54,66 @@ class Prefix:
             names.append(block)
         self.names = tuple(names)
         self._blocks = [model.get_submodule(name) for name in names]
+        self.adjacent = all(_adjacent(names)[1:])
         self._runs = _adjacent(names)
 
     @contextmanager
     def shared(self, context: GroupContext) -> Iterator[None]:
         """In teacher mode, let the prefix run for the original model only; nothing otherwise."""
         # A compiled graph finds equal computations by itself.
-        if not self._blocks or context.config.mode != "teacher" or torch.compiler.is_compiling():
+        cached = context.prefix_output is not None
+        if not self._blocks or context.config.mode != "teacher" or cached or torch.compiler.is_compiling():
             yield
             return
         kept: dict[int, Any] = {}
+        functions = [self._answering(i, block.forward, context, kept) for i, block in enumerate(self._blocks)]
+        with self._in_front(functions):
+            yield
+        kept.clear()
+
+    def run(self, model: nn.Module, inputs: Tensor | Mapping[str, Any]) -> Tensor:
+        """The output of the prefix for a batch, `(B, …)`, without gradient; what comes after it does not run.
+
+        Raises:
+            TypeError: a last block that returns more than one tensor.
+        """
+        last, returned = self._blocks[-1], []
+
+        def stop(_: nn.Module, __: Any, output: Any) -> None:
+            returned.append(output)
+            raise _Done
+
+        hook = last.register_forward_hook(stop)
+        try:
+            with torch.no_grad():
+                model(inputs) if isinstance(inputs, Tensor) else model(**inputs)
+        except _Done:
+            pass
+        finally:
+            hook.remove()
+        output = returned[0] if returned else None
+        if not isinstance(output, Tensor):
+            raise TypeError(
+                f"cache_prefix: block {self.names[-1]!r} returned {type(output).__name__}, expected one tensor"
+            )
+        return output
+
+    @contextmanager
+    def answered(self, context: GroupContext) -> Iterator[None]:
+        """Let every block of the prefix answer with `context.prefix_output`, which is the last one's."""
+
+        def answer(*_: Any, **__: Any) -> Any:
+            return context.prefix_output
+
+        with self._in_front([answer] * len(self._blocks)):
+            yield
+
+    @contextmanager
+    def _in_front(self, functions: Sequence[Callable[..., Any]]) -> Iterator[None]:
+        """Put functions in front of the blocks' forward."""
         own = [block.__dict__.get("forward") for block in self._blocks]
-        for index, block in enumerate(self._blocks):
-            object.__setattr__(block, "forward", self._answering(index, block.forward, context, kept))
+        for block, function in zip(self._blocks, functions, strict=True):
+            object.__setattr__(block, "forward", function)
         try:
             yield
         finally:
@@ -71,7 +122,6 @@ class Prefix:
                     object.__delattr__(block, "forward")
                 else:
                     object.__setattr__(block, "forward", before)
-            kept.clear()
 
     def _answering(
         self, index: int, original: Callable[..., Any], context: GroupContext, kept: dict[int, Any]

@@ -25,6 +25,7 @@ from rfa_fast.head import labelled_rows, output_layer, standing_aside
 from rfa_fast.loss import Evaluation, Inputs, eval_behaviour, evaluate, prepare, remembered
 from rfa_fast.objective import FORGET, RETAIN, RFALoss
 from rfa_fast.patching import RFA
+from rfa_fast.prefix_cache import PrefixCache, sample_keys
 
 Memory = dict[str, tuple[Tensor, Tensor]]
 
@@ -45,6 +46,7 @@ def compile_step(
     scaler: torch.amp.GradScaler | None = None,
     autocast: torch.dtype | None = None,
     nonfinite: Literal["raise", "skip"] = "raise",
+    cache_prefix: PrefixCache | bool = False,
     compile: bool = True,
     backend: Any = "inductor",
 ) -> Step:
@@ -62,6 +64,9 @@ def compile_step(
         nonfinite: what happens to a step whose gradient is NaN or infinite: the optimizer does not see it, and then
             `"raise"` a FloatingPointError that names the step and the layers, or `"skip"` it and count it. On an
             accelerator the error comes with the next call, because asking at once would wait for the device.
+        cache_prefix: keep what the frozen prefix (all blocks before the first adapted one) returns for a sample, for
+            the next epoch: a :class:`rfa_fast.prefix_cache.PrefixCache` with its budget, in memory or on disk, or
+            `True` for 1 GiB of memory. For inputs that come again as they were; augmented ones are refused.
         compile: `False` runs the same step uncompiled, which is what to look at when in doubt.
         backend: of :func:`torch.compile`.
 
@@ -99,7 +104,18 @@ def compile_step(
             f"optimizer: got one without {left_out[0]!r} ({len(left_out)} left out), expected all of rfa.parameters(); "
             "an optimizer made before patch() trains nothing"
         )
-    return Step(rfa, optimizer, accumulate, max_norm, scheduler, scaler, autocast, nonfinite, compile, backend)
+    cache = PrefixCache() if cache_prefix is True else cache_prefix or None
+    if cache is not None:
+        if not isinstance(cache, PrefixCache):
+            raise TypeError(f"cache_prefix: got {type(cache).__name__}, expected a PrefixCache, True or False")
+        if not rfa._prefix.names or not rfa._prefix.adjacent:
+            raise ValueError(
+                "cache_prefix: got True for a model whose first block is adapted, or whose blocks before that are not "
+                "one list; expected targets such as 'deep', which leave a frozen prefix"
+            )
+        cache.open(rfa.model)
+    options = (accumulate, max_norm, scheduler, scaler, autocast, nonfinite, cache, compile, backend)
+    return Step(rfa, optimizer, *options)
 
 
 class Step:
@@ -121,11 +137,13 @@ class Step:
         scaler: torch.amp.GradScaler | None,
         autocast: torch.dtype | None,
         nonfinite: str,
+        cache: PrefixCache | None,
         compile: bool,
         backend: Any,
     ) -> None:
         self.rfa, self.optimizer, self.accumulate, self.max_norm = rfa, optimizer, accumulate, max_norm
         self.scheduler, self.scaler, self.autocast, self.nonfinite = scheduler, scaler, autocast, nonfinite
+        self.cache = cache
         self.steps = self.skipped = 0
         self.grad_norm: Tensor | None = None
         self._compiled: Callable[..., Evaluation] | None = None
@@ -178,39 +196,56 @@ class Step:
             stack.enter_context(rfa._one_at_a_time())
             stack.enter_context(eval_behaviour(rfa.model))
             stack.enter_context(self._autocast())
+            output = self._prefix_output(inputs, batch.size)
+            if output is not None:
+                stack.enter_context(rfa._prefix.answered(context))
             if self._compiled is None:
                 memory, prediction = remembered(rfa.layers), context.mean_prediction
-                found = self._evaluate(inputs, labels, batch, memory, prediction)
+                found = self._evaluate(inputs, labels, batch, memory, prediction, output)
             else:
-                memory, prediction = self._known(inputs, labels, batch)
+                memory, prediction = self._known(inputs, labels, batch, output)
                 head = output_layer(rfa.model, context)
                 if head is not None and context.head_stands_aside and labels.ndim == 2:
                     stack.enter_context(standing_aside(head))
                     stack.enter_context(_aside(context))
-                self._open(inputs, labels, batch, memory)
+                self._open(inputs, labels, batch, output)
                 context.note_retain(batch)
                 stack.enter_context(_side_effects_once())
-                found = self._compiled(inputs, labels, batch, memory, prediction)
+                found = self._compiled(inputs, labels, batch, memory, prediction, output)
         total = found.losses.total if self.scaler is None else self.scaler.scale(found.losses.total)
         total.backward()  # type: ignore[no-untyped-call]
         return found
 
     def _evaluate(
-        self, inputs: Inputs, labels: Tensor, batch: Batch, memory: Memory, prediction: Tensor | None
-    ) -> Evaluation:
+        self, inputs: Inputs, labels: Tensor, batch: Batch, memory: Memory, prediction: Tensor | None,
+        prefix_output: Tensor | None,
+    ) -> Evaluation:  # fmt: skip
         rfa = self.rfa
-        return evaluate(rfa.model, rfa.names, rfa._context, rfa._prefix, inputs, labels, batch, memory, prediction)
+        return evaluate(
+            rfa.model, rfa.names, rfa._context, rfa._prefix, inputs, labels, batch, memory, prediction, prefix_output
+        )
+
+    def _prefix_output(self, inputs: Inputs, size: int) -> Tensor | None:
+        """What the prefix returns for a batch, from the cache or from a run of its own; `None` without a cache."""
+        if self.cache is None:
+            return None
+        keys = sample_keys(inputs, size)
+        output = self.cache.get(keys, self.rfa._device())
+        if output is None:
+            output = self.rfa._prefix.run(self.rfa.model, inputs)
+            self.cache.put(keys, output)
+        return output
 
     def _autocast(self) -> Any:
         return nullcontext() if self.autocast is None else torch.autocast(self.rfa._device().type, self.autocast)
 
-    def _known(self, inputs: Inputs, labels: Tensor, batch: Batch) -> tuple[Memory, Tensor]:
+    def _known(self, inputs: Inputs, labels: Tensor, batch: Batch, output: Tensor | None) -> tuple[Memory, Tensor]:
         """x̃ and ỹ of the batch before in the shapes of this one: zeros that are not known yet where there are none."""
         rfa, context = self.rfa, self.rfa._context
         key = _shape_of(inputs, labels, batch)[1:]
         if key not in self._shapes:
             with torch.no_grad():
-                found = self._evaluate(inputs, labels, batch, remembered(rfa.layers), context.mean_prediction)
+                found = self._evaluate(inputs, labels, batch, remembered(rfa.layers), context.mean_prediction, output)
             blank = {
                 name: (torch.zeros_like(mean), torch.zeros_like(known)) for name, (mean, known) in found.means.items()
             }
@@ -222,7 +257,7 @@ class Step:
                 memory[name] = mean, known
         return memory, nothing if context.mean_prediction is None else context.mean_prediction
 
-    def _open(self, inputs: Inputs, labels: Tensor, batch: Batch, memory: Memory) -> None:
+    def _open(self, inputs: Inputs, labels: Tensor, batch: Batch, output: Tensor | None) -> None:
         """From the second shape on, leave batch and length open, both at once."""
         shape = _shape_of(inputs, labels, batch)
         if self._first_shape is None:
@@ -231,7 +266,8 @@ class Step:
             return
         by_length = batch.length is not None
         tensors = [inputs] if isinstance(inputs, Tensor) else [v for v in inputs.values() if isinstance(v, Tensor)]
-        for tensor in [*tensors, labels, batch.samples, *([] if batch.tokens is None else [batch.tokens])]:
+        rest = [tensor for tensor in (labels, batch.samples, batch.tokens, output) if tensor is not None]
+        for tensor in [*tensors, *rest]:
             for axis in range(min(tensor.ndim, 2 if by_length else 1)):
                 torch._dynamo.maybe_mark_dynamic(tensor, axis)
 

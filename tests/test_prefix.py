@@ -1,0 +1,159 @@
+"""The frozen prefix: run once in teacher mode, kept between epochs, and never anything but what the blocks return."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from step_cases import TinyBlocks, batches, tiny_language_model
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import rfa_fast
+from rfa_fast.prefix import Prefix
+from rfa_fast.prefix_cache import PrefixCache, sample_keys
+from rfa_fast.step import compile_step
+
+
+def counted(blocks):
+    """A list that grows by the index of every block that runs."""
+    calls = []
+    for index, block in enumerate(blocks):
+        inner = next(block.children())
+        inner.register_forward_hook(lambda *_, index=index: calls.append(index))
+    return calls
+
+
+def test_which_blocks_it_is():
+    net = TinyBlocks()
+    names = ["0", "1", "2"]
+    assert Prefix(net, names, ["1.up", "3"]).names == ("0",)
+    assert Prefix(net, names, ["0.down"]).names == ()
+    assert Prefix(net, ["1", "2"], ["0.up", "2.up"]).names == ()
+    assert Prefix(net, [], ["0.up"]).names == ()
+
+
+def test_teacher_mode_runs_it_once():
+    torch.manual_seed(0)
+    model = TinyBlocks()
+    other = copy.deepcopy(model)
+    calls = counted(list(model)[:3])
+    rfa = rfa_fast.patch(model, ["2.up"], rank=2, seed=0, mode="teacher")
+    batch = torch.randn(6, 5), torch.arange(6) % 3, torch.arange(6) < 2
+    with torch.no_grad():
+        rfa.layers["2.up"].lora_b.normal_()
+    ours = rfa.loss(*batch)
+    assert calls == [0, 1, 2, 2]
+    whole = rfa_fast.patch(other, ["2.up"], rank=2, seed=0, mode="teacher")
+    whole._prefix = Prefix(other, [], [])
+    whole.layers["2.up"].lora_b.data.copy_(rfa.layers["2.up"].lora_b)
+    for a, b in zip(ours, whole.loss(*batch), strict=True):
+        assert torch.equal(a, b)
+    assert all("forward" not in block.__dict__ for block in model)
+
+
+@pytest.mark.parametrize("mode", ["residual", "teacher"])
+@pytest.mark.parametrize("where", ["memory", "disk"])
+def test_a_cached_prefix_changes_nothing(mode, where, tmp_path):
+    model = tiny_language_model(4)
+    other = copy.deepcopy(model)
+    cache = PrefixCache(2**20, tmp_path / "prefix" if where == "disk" else None)
+    steps = []
+    for each, option in ((other, False), (model, cache)):
+        rfa = rfa_fast.patch(each, "deep", seed=0, mode=mode)
+        optimizer = torch.optim.SGD(rfa.parameters(), lr=0.1)
+        steps.append(compile_step(rfa, optimizer, cache_prefix=option, compile=False))
+    calls = counted(model.model.layers)
+    seen = list(batches((4, 8), (3, 8)))
+    for epoch in range(2):
+        for batch in seen:
+            calls.clear()
+            losses = [step(*batch) for step in steps]
+            for a, b in zip(*losses, strict=True):
+                assert torch.allclose(a, b, rtol=1e-6)
+            assert (0 in calls) == (epoch == 0)
+            assert calls.count(3) == (2 if mode == "teacher" else 1)
+    assert (cache.hits, cache.misses) == (7, 7)
+    if where == "disk":
+        again = PrefixCache(2**20, tmp_path / "prefix")
+        again.open(model)
+        assert again.size == cache.size > 0
+        assert again.get(sample_keys(seen[0][0], 4), torch.device("cpu")) is not None
+        with torch.no_grad():
+            model.model.layers[0].mlp.up_proj.weight += 1
+        with pytest.raises(ValueError, match="prefix of another model"):
+            again.open(model)
+        (tmp_path / "full").mkdir()
+        (tmp_path / "full" / "notes.txt").write_text("mine")
+        with pytest.raises(ValueError, match="holds no prefix cache"):
+            PrefixCache(1, tmp_path / "full").open(model)
+
+
+def test_compiled_with_a_cache():
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    rfas = [rfa_fast.patch(tiny_language_model(2), "deep", rank=2, seed=0) for _ in range(2)]
+    plain, compiled = (
+        compile_step(rfa, torch.optim.SGD(rfa.parameters(), lr=0.1), cache_prefix=on, compile=on, backend=counter)
+        for rfa, on in zip(rfas, (False, True), strict=True)
+    )
+    seen = list(batches((4, 8), (3, 6)))
+    for batch in (*seen, *seen):
+        for a, b in zip(compiled(*batch), plain(*batch), strict=True):
+            assert torch.allclose(a, b, rtol=1e-5)
+    assert counter.frame_count == 2
+    assert compiled.cache.hits == 7
+
+
+def test_augmented_inputs_are_refused():
+    rfa = rfa_fast.patch(TinyBlocks(), ["2.up"], rank=2, seed=0)
+    optimizer = torch.optim.SGD(rfa.parameters(), lr=0.1)
+    x, labels, forget = torch.randn(6, 5), torch.arange(6) % 3, torch.arange(6) < 2
+    step = compile_step(rfa, optimizer, cache_prefix=PrefixCache(2**20, samples=6), compile=False)
+    step(x, labels, forget)
+    step(x, labels, forget)
+    with pytest.raises(ValueError, match="more different samples than the 6 there are.*augmented"):
+        step(x + 0.1, labels, forget)
+    small = compile_step(rfa, optimizer, cache_prefix=PrefixCache(6 * 20), compile=False)
+    small(x, labels, forget)
+    with pytest.warns(UserWarning, match="full with 6 samples"):
+        small(x + 0.1, labels, forget)
+    with pytest.raises(ValueError, match="no sample a second time.*augmented"):
+        small(x + 0.2, labels, forget)
+
+
+def test_a_full_cache_keeps_what_it_has():
+    cache = PrefixCache(40)
+    rows = torch.randn(3, 5)
+    keys = sample_keys(rows, 3)
+    with pytest.warns(UserWarning, match="full with 2 samples"):
+        cache.put(keys, rows)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert cache.get(keys, torch.device("cpu")) is None
+        cache.put(keys, rows)
+    assert torch.equal(cache.get(keys[:2], torch.device("cpu")), rows[:2])
+    assert cache.size == 40
+
+
+def test_what_cannot_be_cached():
+    for arguments, words in (((0,), "budget: got 0"), ((1.5,), "budget: got 1.5")):
+        with pytest.raises(ValueError, match=words):
+            PrefixCache(*arguments)
+    rfa = rfa_fast.patch(TinyBlocks(), ["0.up"], rank=2)
+    optimizer = torch.optim.SGD(rfa.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="cache_prefix: got True for a model whose first block is adapted"):
+        compile_step(rfa, optimizer, cache_prefix=True)
+    with pytest.raises(TypeError, match="cache_prefix: got str"):
+        compile_step(rfa, optimizer, cache_prefix="yes")
+
+
+def test_keys_follow_the_content():
+    ids, mask = torch.arange(6).reshape(2, 3), torch.ones(2, 3, dtype=torch.bool)
+    one = sample_keys({"input_ids": ids, "attention_mask": mask}, 2)
+    assert sample_keys({"attention_mask": mask, "input_ids": ids}, 2) == one
+    assert one[0] != one[1]
+    assert sample_keys({"input_ids": ids.int(), "attention_mask": mask}, 2)[0] != one[0]
+    assert sample_keys({"input_ids": ids, "attention_mask": mask, "scale": torch.ones(1)}, 2)[0] != one[0]
+    assert sample_keys({"input_ids": ids[1:], "attention_mask": mask[1:]}, 1) == one[1:]
