@@ -159,12 +159,20 @@ def model_facts(
 
 
 def _devices() -> list[dict[str, str]]:
-    found = [{"type": "cpu", "name": torch.backends.cpu.get_cpu_capability()}]
+    found = [{"type": "cpu", "name": torch.backends.cpu.get_cpu_capability() + _without_bf16()}]
     if torch.backends.mps.is_available():
         found.append({"type": "mps", "name": "Apple GPU"})
     for kind, module in (("cuda", torch.cuda), ("xpu", torch.xpu)):
         found += [{"type": kind, "name": module.get_device_name(i)} for i in range(module.device_count())]
     return found
+
+
+def _without_bf16() -> str:
+    """A word of warning where bf16 products have no instructions and run in a plain loop."""
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    if supported is None or supported():
+        return ""
+    return "; no instructions for bf16 products: a bf16 model is many times slower here than a float32 one"
 
 
 def _print_machine(found: dict[str, Any], console: Console) -> None:
