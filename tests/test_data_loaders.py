@@ -222,7 +222,7 @@ def test_a_damaged_mnist_5k(tmp_path, row: int, place: int, value: object, messa
     assert "mnist_5k.csv.gz" in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [b"", mnist_csv(mnist_rows())[:100]])
+@pytest.mark.parametrize("content", [b"", mnist_csv(mnist_rows())[:100]], ids=["empty", "cut-short"])
 def test_a_truncated_mnist_5k(tmp_path, content: bytes) -> None:
     (tmp_path / "mnist_5k.csv.gz").write_bytes(content)
     with pytest.raises(ValueError, match=r"mnist_5k\.csv\.gz: got"):
