@@ -134,8 +134,6 @@ def main(
     order = {name: i for i, name in enumerate(known_kernels)}
     rows.sort(key=lambda row: (order[row.kernel], known_targets.index(row.target), row.generic))
     partial = bool(kernel or target or dtype or layers) or not (compiled and traffic and counted)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(page(rows, traffics, partial=partial), encoding="utf-8")
     faults += [fault for row in rows for fault in row.faults]
     faults += [fault for t in traffics for fault in t.faults]
     faults += [
@@ -143,6 +141,8 @@ def main(
         for t in traffics
         if not t.held
     ]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(page(rows, traffics, partial=partial, faults=faults), encoding="utf-8")
     console.print(f"Written: {output} ({sum(row.cases for row in rows)} compilations, {len(traffics)} passes)")
     for fault in faults:
         console.print(fault, style="red", markup=False, highlight=False, soft_wrap=True)

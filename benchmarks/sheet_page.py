@@ -27,18 +27,20 @@ Written by `make kernel-sheet`; do not edit. **No GPU has run any of this.** Eve
   grid, run in Triton's interpreter at the layer's real size; products and 16-bit conversions are skipped there,
   because masks and addresses do not depend on them (a test compares with a full run).
 - **declared and checked**: compulsory bytes take every tensor a launch reads once and every tensor it writes once.
-  `benchmarks/traffic.py` declares which these are; the interpreter's count of *different* bytes must be the same, and
-  was wherever requested bytes stand below.
+  `benchmarks/traffic.py` declares which these are; the interpreter's count of *different* bytes must be the same,
+  and is wherever requested bytes stand below and the end of this page does not say otherwise.
 
 torch {torch}, Python {python}. How fast the kernels are is another question: `make bench-gpu` answers it on a GPU.
 """
 
 
-def page(rows: Sequence[Row], traffics: Sequence[Traffic], *, partial: bool = False) -> str:
-    """The whole document; `partial`: options left something out."""
+def page(
+    rows: Sequence[Row], traffics: Sequence[Traffic], *, partial: bool = False, faults: Sequence[str] = ()
+) -> str:
+    """The whole document; `partial`: options left something out; `faults`: what is not as it should be."""
     facts = {"triton": version("triton"), "torch": version("torch"), "python": platform.python_version()}
     note = "**A part of the sheet only: options left the rest out.**" if partial else ""
-    parts = [_HEAD.format(**facts), note, _compiled(rows), _traffic(traffics)]
+    parts = [_HEAD.format(**facts), note, _compiled(rows), _traffic(traffics), _faults(faults)]
     return "\n".join(part.strip() + "\n" for part in parts if part)
 
 
@@ -59,6 +61,10 @@ def short(instruction: str) -> str:
     for word in (".sync.aligned", ".mma_async", ".row.col", ".f32", ".bf16", ".f16", ".cta_group::1", "_bf16", "_f16"):
         instruction = instruction.replace(word, "")
     return instruction.replace("mma.m", "mma.sync m").replace("wgmma.", "wgmma ").replace(".kind::f16", "")
+
+
+def _faults(faults: Sequence[str]) -> str:
+    return "\n".join(["## Not as it should be", "", *(f"- {fault}" for fault in faults)]) if faults else ""
 
 
 def _compiled(rows: Sequence[Row]) -> str:
