@@ -34,9 +34,7 @@ torch {torch}, Python {python}. How fast the kernels are is another question: `m
 """
 
 
-def page(
-    rows: Sequence[Row], traffics: Sequence[Traffic], *, partial: bool = False, faults: Sequence[str] = ()
-) -> str:
+def page(rows: Sequence[Row], traffics: Sequence[Traffic], *, partial: bool = False, faults: Sequence[str] = ()) -> str:
     """The whole document; `partial`: options left something out; `faults`: what is not as it should be."""
     facts = {"triton": version("triton"), "torch": version("torch"), "python": platform.python_version()}
     note = "**A part of the sheet only: options left the rest out.**" if partial else ""
