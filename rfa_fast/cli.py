@@ -3,6 +3,7 @@
     rfa-fast demo                 see it work, on data that is already here
     rfa-fast unlearn MODEL …      forget, keep the rest, leave a record
     rfa-fast evaluate MODEL …     the table for models that exist
+    rfa-fast bench MODEL …        what a step takes and needs
     rfa-fast info [MODEL]         what this machine has; what would be adapted
 
 What a command needs beyond torch is imported when it runs: the help must not wait for it. Results go
@@ -16,6 +17,7 @@ from typing import Annotated
 import typer
 
 from rfa_fast import __version__
+from rfa_fast.commands.bench import bench
 from rfa_fast.commands.demo import demo
 from rfa_fast.commands.evaluate import evaluate
 from rfa_fast.commands.info import info
@@ -50,6 +52,7 @@ def program(
 app.command()(demo)
 app.command()(unlearn)
 app.command()(evaluate)
+app.command()(bench)
 app.command()(info)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from rfa_fast.metrics.live_storage import Body, LiveStorage, live_storage
+from rfa_fast.metrics.live_storage import Body, live_storage
 from rfa_fast.metrics.shapes_only import fake_copy, shapes_only
 
 Inputs = Tensor | Mapping[str, Any]
@@ -108,18 +108,13 @@ def forecast_step(
             step = build(copy)
             del copy
             # The first step makes the optimizer's state, and the method's: a later one has it all the time.
-            _one(step, batch, live)
+            step(*batch)
+            gc.collect()
             state = live.current - weights - given
-            _one(step, batch, live)
+            live.reset_peak()
+            step(*batch)
         largest = dict(list(live.by_operation().items())[:parts])
         return Forecast(weights, live.peak, state, largest)
-
-
-def _one(step: Step, batch: tuple[Any, Tensor, Tensor], live: LiveStorage) -> None:
-    gc.collect()
-    live.reset_peak()
-    step(*batch)
-    gc.collect()
 
 
 def _on_cpu(leaf: Any) -> Any:

@@ -40,6 +40,10 @@ _REDUCED_IN_PLACE = tuple(
 )
 
 
+class DependsOnValues(ValueError):
+    """The code's course depends on numbers that a run on shapes does not have."""
+
+
 @contextmanager
 def shapes_only() -> Iterator[FakeTensorMode]:
     """Context in which matrices are fake, and masks, ids and small vectors real.
@@ -48,7 +52,7 @@ def shapes_only() -> Iterator[FakeTensorMode]:
         The mode that made the fakes.
 
     Raises:
-        ValueError: inside, where the code's course depends on the values of a large tensor.
+        DependsOnValues: inside, where the code's course depends on the values of a large tensor; a ValueError.
 
     Example:
         >>> with shapes_only():
@@ -152,7 +156,7 @@ class _Values(TorchDispatchMode):  # type: ignore[no-untyped-call]
             out = func(*shown[0], **shown[1])
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             shapes = ", ".join(str(tuple(leaf.shape)) for leaf in inputs)
-            raise ValueError(
+            raise DependsOnValues(
                 f"model: got {func} of {shapes}, whose result depends on values; expected a step whose course depends "
                 "on its masks, ids and labels alone"
             ) from error
