@@ -122,6 +122,7 @@ def output_layer(model: nn.Module, context: GroupContext) -> nn.Linear | None:
     An adapted one can be, too, unless teacher mode wants to know its original logits.
 
     Example:
+        >>> from rfa_fast.config import RFAConfig
         >>> output_layer(nn.Linear(2, 2), GroupContext(RFAConfig())) is None
         True
     """
@@ -173,6 +174,7 @@ def labelled_rows(labels: Tensor, batch: Batch, model: nn.Module, context: Group
     """How many labelled rows each group has in a batch: int64 `(2,)`, retain and forget.
 
     Example:
+        >>> from rfa_fast.config import RFAConfig
         >>> batch = Batch(torch.tensor([0, 1, 1], dtype=torch.int8), None, False)
         >>> labelled_rows(torch.tensor([3, 4, -100]), batch, nn.Linear(2, 2), GroupContext(RFAConfig()))
         tensor([1, 1])
