@@ -249,20 +249,6 @@ def derivative(
     return grad_x, None, None, grads[1], grads[2], *([None] * 10)
 
 
-class _Layer(torch.autograd.Function):
-    """The two above, on any device."""
-
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Any:
-        result = forward(*arguments)
-        remember(ctx, arguments, result)
-        return tuple(result)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        return derivative(backward, ctx, *grads)
-
-
 def run(
     operator: Any,
     x: Tensor,
@@ -284,7 +270,7 @@ def run(
     """A layer by an operator on checked arguments.
 
     Args:
-        operator: `rfa_fast::conv2d_forward`, or the same in torch.
+        operator: `rfa_fast::conv2d_forward`.
 
     Returns:
         The results of :func:`rfa_fast.functional.rfa_conv2d`.
@@ -309,8 +295,3 @@ def run(
     if codes is None:
         return out.output, residual, None, None
     return out.output, residual, out.retain_loss, out.forget_loss
-
-
-def conv2d(*arguments: Any) -> LayerResult:
-    """The layer of :func:`rfa_fast.functional.rfa_conv2d` in torch; see :func:`run`."""
-    return run(_Layer.apply, *arguments)
