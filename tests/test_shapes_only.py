@@ -68,6 +68,9 @@ def test_large_masks_become_shapes_too() -> None:
         ids = torch.arange(3000)
         assert isinstance(ids[:, None].float() @ ids[None].float(), FakeTensor)
         assert isinstance(F.one_hot(ids, 10_000), FakeTensor)
+        mean = torch.ones(20_000)[None]
+        assert isinstance(mean[ids % 1], FakeTensor)
+        assert mean[torch.tensor([True])].shape == (1, 20_000)
 
 
 def test_a_reduced_loss_keeps_its_elements_as_torch_does() -> None:
@@ -123,3 +126,18 @@ def test_a_model_that_cannot_be_copied_is_named() -> None:
 
     with shapes_only(), pytest.raises(TypeError, match=r"model: got a Stubborn that cannot be copied \(no\)"):
         fake_copy(Stubborn(2, 2))
+
+
+def test_writing_changes_no_shape_and_resizing_does() -> None:
+    with shapes_only():
+        x = torch.randn(30, 40)
+        assert x.mul_(2).add_(torch.randn(40)) is x
+        assert x.t_().shape == (40, 30)
+        with live_storage(x) as live:
+            assert x.resize_(80, 30).shape == (80, 30)
+            x.exp_()
+            assert live.current == 80 * 30 * 4
+        leaf = torch.randn(30, 40, requires_grad=True)
+        (leaf * 2).exp_().sum().backward()
+        assert leaf.grad is not None
+        assert leaf.grad.shape == (30, 40)

@@ -140,13 +140,18 @@ class _Values(TorchDispatchMode):  # type: ignore[no-untyped-call]
             tensors_in(kwargs.values(), inputs)
         if any(isinstance(leaf, FakeTensor) for leaf in inputs):
             return self._from_fakes(func, args, kwargs, inputs)
-        if inputs and (_needs_values(func) or _aliases(func) or _stays_small(func, inputs)):
+        # Indices that are numbers select as many rows as they are; only of a mask the values count.
+        asks = _needs_values(func) and (func not in _INDEXED or any(leaf.dtype == torch.bool for leaf in inputs[1:]))
+        if inputs and (asks or _aliases(func) or _stays_small(func, inputs)):
             return _really(func, args, kwargs)
         # On shapes first: what turns out large is not to be made.
-        out = func(*args, **kwargs)
+        shown = tree_map(self._stand_in, (args, kwargs)) if inputs else (args, kwargs)
+        out = func(*shown[0], **shown[1])
         return _really(func, args, kwargs) if all(map(_may_be_real, tensors_in((out,), []))) else out
 
     def _from_fakes(self, func: Any, args: Any, kwargs: Any, inputs: list[Tensor]) -> Any:
+        if args and _only_writes(func):
+            return args[0]  # nothing to write, and nothing to ask torch about
         shown = (args, kwargs)
         if not all(isinstance(leaf, FakeTensor) for leaf in inputs):
             if func in _INDEXED:
@@ -212,8 +217,9 @@ def _needs_values(func: Any) -> bool:
 
 def _stays_small(func: Any, inputs: list[Tensor]) -> bool:
     """Whether the result is known to be small without a look: no operation but these outgrows an outer product."""
+    most = _REAL_NUMBERS if any(t.is_floating_point() for t in inputs) else _REAL_CODES
     name = func._schema.name
-    return not name.startswith(("aten::new_", "aten::repeat")) and math.prod(t.numel() for t in inputs) <= _REAL_CODES
+    return not name.startswith(("aten::new_", "aten::repeat")) and math.prod(t.numel() for t in inputs) <= most
 
 
 @cache
@@ -221,6 +227,21 @@ def _aliases(func: Any) -> bool:
     """Whether results are views of, or the same as, arguments, or arguments are written to."""
     schema = func._schema
     return any(part.alias_info is not None for part in (*schema.returns, *schema.arguments))
+
+
+@cache
+def _only_writes(func: Any) -> bool:
+    """Whether an operation changes the numbers of its first argument, not its shape, and returns it."""
+    schema = func._schema
+    name = schema.name.removeprefix("aten::")
+    return (
+        schema.name.startswith("aten::")
+        and name.endswith("_")
+        and not name.startswith("_")
+        and name not in ("resize_", "resize_as_", "set_")
+        and torch.Tag.inplace_view not in func.tags
+        and len(schema.returns) == 1
+    )
 
 
 def _the_same(func: Any, args: Any, kwargs: Any, out: Any) -> Any:
