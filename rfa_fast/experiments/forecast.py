@@ -1,8 +1,8 @@
 """The memory of our step and of what people would use instead, before any of them is loaded.
 
 :mod:`rfa_fast.metrics.forecast` counts a step on shapes; here are the steps: ours and the contenders of
-:mod:`rfa_fast.experiments.rivals`, none of them compiled. Inductor fuses, and keeps or recomputes what it finds
-cheaper, so that a compiled step stays below its forecast or close to it.
+:mod:`rfa_fast.experiments.rivals`, none of them compiled. Inductor allocates out of sight of this count: it fuses, and
+decides what to keep and what to recompute, so that a compiled step needs another amount, which only a run can tell.
 """
 
 from __future__ import annotations
