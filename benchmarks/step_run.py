@@ -18,6 +18,7 @@ import torch
 from step_workloads import Workload
 from torch import Tensor
 
+from rfa_fast.commands.info import has_bf16_products
 from rfa_fast.experiments.floor import Floor
 from rfa_fast.experiments.rivals import Contender, Setting, StepBatch, contender
 
@@ -40,11 +41,6 @@ def facts(workload: Workload | None = None) -> dict[str, Any]:
     if workload is not None:
         found |= {"dtype": workload.dtype, "shapes": workload.words()}
     return found
-
-
-def has_bf16_products() -> bool:
-    """Whether torch's bf16 products run on instructions of this CPU; without, they run in a loop 100 times slower."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def chosen_dtype(asked: str) -> str:

@@ -85,9 +85,7 @@ def logits_and_task(
         ValueError: logits whose shape does not fit the labels, or a label out of range.
         TypeError: a model that returns no logits.
     """
-    shift = context.config.shift_labels
-    if shift is None:
-        shift = labels.ndim == 2 and predicts_next_token(model)
+    shift = _shifts(labels, model, context)
     head = output_layer(model, context)
     if labels.ndim == 2 and head is not None and context.head_stands_aside:
         if context.head_is_aside:
@@ -179,12 +177,16 @@ def labelled_rows(labels: Tensor, batch: Batch, model: nn.Module, context: Group
         >>> labelled_rows(torch.tensor([3, 4, -100]), batch, nn.Linear(2, 2), GroupContext(RFAConfig()))
         tensor([1, 1])
     """
-    shift = context.config.shift_labels
-    if shift is None:
-        shift = labels.ndim == 2 and predicts_next_token(model)
+    shift = _shifts(labels, model, context)
     rows, codes = _token_rows(labels, batch, shift) if labels.ndim == 2 else (labels, batch.samples)
     used = rows != IGNORED_LABEL
     return torch.stack([(used & (codes == RETAIN)).sum(), (used & (codes == FORGET)).sum()])
+
+
+def _shifts(labels: Tensor, model: nn.Module, context: GroupContext) -> bool:
+    """Whether a label belongs to the row before it."""
+    asked = context.config.shift_labels
+    return asked if asked is not None else labels.ndim == 2 and predicts_next_token(model)
 
 
 def _run(model: nn.Module, inputs: Tensor | Mapping[str, Any]) -> object:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rfa_fast.checkpointing import blocks_checkpoint, mark
 from rfa_fast.config import RFAConfig
-from rfa_fast.groups import Batch, GroupContext, LayerTerms, WholeBatch, batch_of, make_batch
+from rfa_fast.groups import Batch, GroupContext, LayerTerms, batch_of, make_batch
 from rfa_fast.head import check_labels, logits_and_task
 from rfa_fast.modules import RFALayer
 from rfa_fast.objective import RFALoss, accumulation_dtype, combine
@@ -180,19 +180,3 @@ def eval_behaviour(model: nn.Module) -> Iterator[None]:
             config.use_cache = True
         for module in training:
             module.training = True
-
-
-__all__ = [
-    "Evaluation",
-    "Inputs",
-    "Means",
-    "WholeBatch",
-    "alignment",
-    "eval_behaviour",
-    "evaluate",
-    "keep",
-    "prepare",
-    "record_teacher",
-    "remembered",
-    "token_units",
-]

@@ -178,8 +178,7 @@ class Step:
             for _, _, part in parts:
                 part.whole = whole
         found = [self._part(*part) for part in parts]
-        for each in found[-1:]:
-            rfa._keep(each)
+        rfa._keep(found[-1])
         losses = [RFALoss(*(field.detach() for field in each.losses)) for each in found]
         terms = torch.stack([each.terms for each in found]).sum(0)
         self._update(terms)

@@ -19,6 +19,8 @@ from rfa_fast.commands import options
 from rfa_fast.commands.shell import reported, results
 from rfa_fast.commands.unlearn import _targets
 
+_NO_BF16 = "; no instructions for bf16 products: a bf16 model is many times slower here than a float32 one"
+
 
 def info(
     context: typer.Context,
@@ -159,7 +161,9 @@ def model_facts(
 
 
 def _devices() -> list[dict[str, str]]:
-    found = [{"type": "cpu", "name": torch.backends.cpu.get_cpu_capability() + _without_bf16()}]
+    found = [
+        {"type": "cpu", "name": torch.backends.cpu.get_cpu_capability() + ("" if has_bf16_products() else _NO_BF16)}
+    ]
     if torch.backends.mps.is_available():
         found.append({"type": "mps", "name": "Apple GPU"})
     for kind, module in (("cuda", torch.cuda), ("xpu", torch.xpu)):
@@ -167,12 +171,15 @@ def _devices() -> list[dict[str, str]]:
     return found
 
 
-def _without_bf16() -> str:
-    """A word of warning where bf16 products have no instructions and run in a plain loop."""
+def has_bf16_products() -> bool:
+    """Whether torch's bf16 products run on instructions of this CPU, or in a plain loop; true where torch cannot tell.
+
+    Example:
+        >>> isinstance(has_bf16_products(), bool)
+        True
+    """
     supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
-    if supported is None or supported():
-        return ""
-    return "; no instructions for bf16 products: a bf16 model is many times slower here than a float32 one"
+    return supported is None or bool(supported())
 
 
 def _print_machine(found: dict[str, Any], console: Console) -> None:

@@ -16,19 +16,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rfa_fast.config import Norm
 from rfa_fast.kernels.conv2d_geometry import (
     convolution,
     geometry,
     input_gradient,
     memory_format,
-    pair,
-    resolve_padding,
     weight_gradient,
 )
 from rfa_fast.objective import FORGET, RETAIN, accumulation_dtype, group_mean
-from rfa_fast.ops.plain import LayerResult, Pair
-from rfa_fast.ops.rows import autocast, row_weights
+from rfa_fast.ops.rows import row_weights
 
 
 class Convolution(NamedTuple):
@@ -247,51 +243,3 @@ def derivative(
     )  # fmt: skip
     grad_x = grads[0] if ctx.needs_input_grad[0] else None
     return grad_x, None, None, grads[1], grads[2], *([None] * 10)
-
-
-def run(
-    operator: Any,
-    x: Tensor,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    bias: Tensor | None,
-    scale: float,
-    stride: Pair,
-    padding: Pair | str,
-    dilation: Pair,
-    groups: int,
-    group: Tensor | None,
-    target: Tensor | None,
-    retain_target: Tensor | None,
-    norm: Norm,
-    emit_residual: bool,
-) -> LayerResult:
-    """A layer by an operator on checked arguments.
-
-    Args:
-        operator: `rfa_fast::conv2d_forward`.
-
-    Returns:
-        The results of :func:`rfa_fast.functional.rfa_conv2d`.
-    """
-    x, weight, bias = autocast(x, weight, bias)  # type: ignore[assignment]
-    steps, spread = pair("stride", stride), pair("dilation", dilation)
-    around = resolve_padding(padding, (weight.shape[2], weight.shape[3]), steps, spread)
-    where = geometry(x, weight, steps, around, spread, groups)
-    shape = (x.shape[0], weight.shape[0], where.out_height, where.out_width)
-    aim, held = (
-        None if constant is None or group is None else constant.detach().expand(shape)
-        for constant in (target, retain_target)
-    )
-    codes = None if group is None else group.contiguous()
-    out = Convolution(
-        *operator(
-            x, weight, bias, lora_a, lora_b, steps, around, spread, groups, codes, aim, held, scale, norm == "l2",
-            emit_residual,
-        )
-    )  # fmt: skip
-    residual = out.residual if emit_residual else None
-    if codes is None:
-        return out.output, residual, None, None
-    return out.output, residual, out.retain_loss, out.forget_loss
