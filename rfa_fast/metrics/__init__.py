@@ -8,26 +8,36 @@ from __future__ import annotations
 
 from rfa_fast.metrics.accuracy import accuracy, per_class_accuracy
 from rfa_fast.metrics.cost import Cost, measure
-from rfa_fast.metrics.distance import activation_distance, feature_distance
+from rfa_fast.metrics.distance import activation_distance, feature_distance, zero_retrain_forgetting
 from rfa_fast.metrics.evaluate import SplitResult, SubsetResult, evaluate_split
 from rfa_fast.metrics.forecast import Forecast, forecast_step
 from rfa_fast.metrics.language import answer_accuracy, generate_text, perplexity, token_accuracy
 from rfa_fast.metrics.live_storage import LiveStorage, Storage, live_storage
 from rfa_fast.metrics.membership import MembershipAttack, membership_attack, membership_auc, membership_inference
+from rfa_fast.metrics.min_k import MIN_K_DEFAULT, MIN_K_PERCENTS
 from rfa_fast.metrics.predictions import Predictions, predict
+from rfa_fast.metrics.references import Distances, References
+from rfa_fast.metrics.registry import METRICS, Metric, check_metrics, read_metrics
 
 __all__ = [
+    "METRICS",
+    "MIN_K_DEFAULT",
+    "MIN_K_PERCENTS",
     "Cost",
+    "Distances",
     "Forecast",
     "LiveStorage",
     "MembershipAttack",
+    "Metric",
     "Predictions",
+    "References",
     "SplitResult",
     "Storage",
     "SubsetResult",
     "accuracy",
     "activation_distance",
     "answer_accuracy",
+    "check_metrics",
     "evaluate_split",
     "feature_distance",
     "forecast_step",
@@ -40,5 +50,7 @@ __all__ = [
     "per_class_accuracy",
     "perplexity",
     "predict",
+    "read_metrics",
     "token_accuracy",
+    "zero_retrain_forgetting",
 ]

@@ -1,22 +1,21 @@
 """How far two models are from each other: in what they predict, and in what they compute on the way.
 
-Both distances run the two models side by side, batch by batch, and keep running sums: nothing of
-size items × features is ever stored, and a shuffling loader is as good as any other. Hooks are fine
-here, unlike in training: a measurement is never compiled and never differentiated.
+Each function runs two models side by side, batch by batch. Whoever measures a model anyway gives the
+second one to :func:`~rfa_fast.metrics.evaluate.evaluate_split` instead, and has these figures from the
+same pass. Hooks are fine here, unlike in training: a measurement is never compiled and never
+differentiated.
 """
 
 from __future__ import annotations
 
 import difflib
-import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
-import torch
 from torch import Tensor, nn
 
 from rfa_fast.metrics import passes
+from rfa_fast.metrics.meters import ActivationMeter, DivergenceMeter, FeatureMeter, FeatureNorm, TokenReduction
 from rfa_fast.metrics.passes import Batch, Loader, Progress
-from rfa_fast.metrics.predictions import row_probabilities
 
 
 def activation_distance(
@@ -25,50 +24,80 @@ def activation_distance(
     loader: Loader,
     squared: bool = False,
     *,
+    tokens: TokenReduction = "mean",
     shift_labels: bool | None = None,
     progress: Progress | None = None,
 ) -> float:
     """Mean L2 distance of the two models' output probabilities (section V-B4).
 
     The mean is over items, or over labelled tokens for labels `(B, T)`. Two distributions are at most
-    √2 apart; Table VI has values above it, so the paper's figures are not all on this scale.
+    √2 apart, and 2 when squared: Table VI has values of 1.66 to 1.80, so the paper's are the squared
+    ones. Table VII has values up to 142, which no mean over tokens reaches: for texts try `tokens="sum"`.
 
     Args:
         model_a, model_b: see :func:`~rfa_fast.metrics.predictions.predict`; each gets the batch on its own device.
         loader: iterated once.
-        squared: average the squared distance (at most 2) instead.
+        squared: average the squared distance instead.
+        tokens: `"mean"` over all labelled tokens; `"text"`: over each text's tokens, then over texts; `"sum"`:
+            summed in each text, mean over texts; `"norm"`: norm of a text's (tokens × vocabulary)
+            difference, mean over texts. Unread where there is no token axis.
         shift_labels, progress: as for :func:`~rfa_fast.metrics.predictions.predict`.
 
     Raises:
-        ValueError: an empty loader, models with different numbers of outputs, no labelled token, and
-            what :func:`~rfa_fast.metrics.predictions.predict` raises.
+        ValueError: an empty loader, models with different numbers of outputs, no labelled token, an
+            unknown reduction, and what :func:`~rfa_fast.metrics.predictions.predict` raises.
 
     Example:
+        >>> import torch
         >>> sure, other = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
         >>> with torch.no_grad():
         ...     _ = sure.weight.copy_(torch.tensor([[99.0, 0.0], [0.0, 0.0]])), other.weight.copy_(-sure.weight)
         >>> round(activation_distance(sure, other, [(torch.tensor([[1.0, 0.0]]), torch.tensor([0]))]), 4)
         1.4142
     """
-    total, rows = 0.0, 0
-    with passes.evaluating(model_a, model_b):
-        places = passes.device_of(model_a), passes.device_of(model_b)
-        shift = passes.shifts_labels(model_a, shift_labels)
-        for batch in passes.batches(loader, progress):
-            a, b = (
-                passes.labelled_rows(passes.forward(model, batch, place), batch.labels, shift)[0]
-                for model, place in zip((model_a, model_b), places, strict=True)
-            )
-            if a.shape != b.shape:
-                raise ValueError(f"model_b: got {b.shape[-1]} outputs, expected {a.shape[-1]} as in model_a")
-            pieces = zip(row_probabilities(a, batch.index), row_probabilities(b, batch.index), strict=True)
-            for (_, log_a), (_, log_b) in pieces:
-                squares = (log_a.exp() - log_b.exp().to(log_a.device)).square().sum(-1).cpu().double()
-                total += float(squares.sum() if squared else squares.sqrt().sum())
-            rows += a.shape[0]
-    if rows == 0:
-        raise ValueError("labels: got no labelled token (all -100), expected at least one")
-    return total / rows
+    meter = ActivationMeter(tokens)
+    _side_by_side(model_a, model_b, loader, shift_labels, progress, meter.add)
+    return meter.value(squared=squared)
+
+
+def zero_retrain_forgetting(
+    model: nn.Module,
+    incompetent: nn.Module,
+    loader: Loader,
+    *,
+    shift_labels: bool | None = None,
+    progress: Progress | None = None,
+) -> float:
+    """ZRF: how much like a randomly initialised model it is on the forget set, in [0, 1].
+
+    Chundawat et al., "Can Bad Teaching Induce Forgetting?" (AAAI 2023, arXiv 2205.08096)::
+
+        ZRF = 1 − mean over the forget set of JS(model(x), incompetent(x))
+
+    1: nothing tells it from the model that never learnt anything; no retrained model is needed. Not a
+    figure to be maximised by itself, for the same reason as a low membership share: what matters is that it
+    is near the retrained model's. The divergence is in bits, so that the score covers [0, 1].
+
+    Args:
+        model: the unlearned model.
+        incompetent: the same architecture, untrained.
+        loader: of the forget set; the mean is over items, or over labelled tokens.
+        shift_labels, progress: as for :func:`~rfa_fast.metrics.predictions.predict`.
+
+    Raises:
+        ValueError: as for :func:`activation_distance`.
+
+    Example:
+        >>> import torch
+        >>> certain, undecided = nn.Identity(), nn.Linear(2, 2)
+        >>> _ = nn.init.zeros_(undecided.weight), nn.init.zeros_(undecided.bias)
+        >>> loader = [(torch.tensor([[99.0, 0.0]]), torch.tensor([0]))]
+        >>> round(zero_retrain_forgetting(certain, undecided, loader), 4)  # 1 − (H(¾, ¼) − 1/2)
+        0.6887
+    """
+    meter = DivergenceMeter()
+    _side_by_side(model, incompetent, loader, shift_labels, progress, meter.add)
+    return 1.0 - meter.value()
 
 
 def feature_distance(
@@ -77,11 +106,12 @@ def feature_distance(
     loader: Loader,
     names: Iterable[str],
     *,
+    norm: FeatureNorm = "l2",
     progress: Progress | None = None,
 ) -> dict[str, float]:
-    """Mean over items of the L2 norm of the difference between the two models' features, layer by layer.
+    """Mean over items of the difference between the two models' features, layer by layer.
 
-    `(1/N) Σ_x ‖x_k^a − x_k^b‖` for each layer k, the feature of an item flattened (section V-B5; the
+    `(1/N) Σ_x |x_k^a − x_k^b|` for each layer k, the feature of an item flattened (section V-B5; the
     paper's single figure is the sum over the layers). With the original model as `model_b` it is the
     paper's Definition 1, with the retrained model Definition 2. Positions where the attention mask is 0
     count as equal.
@@ -92,6 +122,9 @@ def feature_distance(
         names: dotted module names (`RFA.names`, say) that both models have. Features lead with the batch:
             `(B, …)`, or `(B·T, …)` rows in the order of the batch. Of a tuple the first element counts; a
             module called several times contributes all its calls as one feature.
+        norm: `"l2"`: the L2 norm of an item's difference; `"abs"`: the mean absolute value of its elements,
+            padding left out. The paper's words are "mean absolute relative error" and its formula writes
+            |·|; Table VIII's values (0.2 to 3 for 20 layers together) are of the size that `"abs"` gives.
         progress: called with (batches done, batches in all; 0 when unknown).
 
     Returns:
@@ -99,91 +132,95 @@ def feature_distance(
 
     Raises:
         ValueError: an unknown name (with near misses), a layer that is not called, features of different
-            shapes, an empty loader.
+            shapes, an unknown norm, an empty loader.
         TypeError: a layer that returns no tensor, names given as one string.
         FloatingPointError: a distance that is not finite; names the layer and the batch.
 
     Example:
+        >>> import torch
         >>> a, b = nn.Sequential(nn.Linear(1, 2)), nn.Sequential(nn.Linear(1, 2))
         >>> b.load_state_dict({"0.weight": a[0].weight, "0.bias": a[0].bias.detach() + torch.tensor([3.0, 4.0])})
         <All keys matched successfully>
-        >>> round(feature_distance(a, b, [(torch.ones(5, 1), torch.zeros(5, dtype=torch.long))], ["0"])["0"], 4)
-        5.0
+        >>> loader = [(torch.ones(5, 1), torch.zeros(5, dtype=torch.long))]
+        >>> [round(feature_distance(a, b, loader, ["0"], norm=norm)["0"], 4) for norm in ("l2", "abs")]
+        [5.0, 3.5]
+    """
+    layers = layer_names(names, model_a=model_a, model_b=model_b)
+    if not layers:
+        raise ValueError("names: got no layer, expected at least one")
+    meter = FeatureMeter(layers, norm)
+    with passes.evaluating(model_a, model_b):
+        for batch in passes.batches(loader, progress):
+            found = [_features(which, m, batch, layers) for which, m in (("model_a", model_a), ("model_b", model_b))]
+            meter.add(found[0], found[1], batch)
+    return meter.value()
+
+
+def layer_names(names: Iterable[str], **models: nn.Module) -> list[str]:
+    """The names, each once, after a look at whether every model has them.
+
+    Raises:
+        ValueError: a model lacks one; with near misses.
+        TypeError: one string.
+
+    Example:
+        >>> layer_names(["0", "0"], model=nn.Sequential(nn.ReLU()))
+        ['0']
     """
     if isinstance(names, str):
         raise TypeError(f"names: got the string {names!r}, expected a list of layer names; [{names!r}] for one")
     layers = list(dict.fromkeys(names))
-    if not layers:
-        raise ValueError("names: got no layer, expected at least one")
-    for which, model in (("model_a", model_a), ("model_b", model_b)):
-        _check_names(which, model, layers)
-    totals, items = dict.fromkeys(layers, 0.0), 0
+    for which, model in models.items():
+        known = [name for name, _ in model.named_modules() if name]
+        for name in layers:
+            if name in known:
+                continue
+            near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.4)
+            has = f"it has {', '.join(map(repr, known[:5]))}, …"
+            hint = f"did you mean {', '.join(map(repr, near))}?" if near else has
+            raise ValueError(f"names: got {name!r}, expected a module of {which} ({type(model).__name__}); {hint}")
+    return layers
+
+
+def check_called(which: str, features: dict[str, list[Tensor]], batch: Batch) -> None:
+    """Every layer must have run.
+
+    Raises:
+        ValueError: one has not.
+
+    Example:
+        >>> import torch
+        >>> batch = next(passes.batches([(torch.ones(1, 1), torch.tensor([0]))]))
+        >>> check_called("model", {"0": [torch.ones(1, 1)]}, batch)
+    """
+    for name, seen in features.items():
+        if not seen:
+            raise ValueError(
+                f"names: {name!r} of {which} was never called in the forward of batch {batch.index}, "
+                "expected a module whose forward runs (a parameter read by a functional call has no output)"
+            )
+
+
+def _side_by_side(
+    model_a: nn.Module,
+    model_b: nn.Module,
+    loader: Loader,
+    shift_labels: bool | None,
+    progress: Progress | None,
+    add: Callable[[Tensor, Tensor, Tensor, Batch], None],
+) -> None:
     with passes.evaluating(model_a, model_b):
+        places = passes.device_of(model_a), passes.device_of(model_b)
+        shift = passes.shifts_labels(model_a, shift_labels)
         for batch in passes.batches(loader, progress):
-            features_a = _features("model_a", model_a, batch, layers)
-            features_b = _features("model_b", model_b, batch, layers)
-            for name in layers:
-                totals[name] += _distance(name, features_a[name], features_b[name], batch)
-            items += len(batch.labels)
-    return {name: total / items for name, total in totals.items()}
-
-
-def _check_names(which: str, model: nn.Module, names: list[str]) -> None:
-    known = [name for name, _ in model.named_modules() if name]
-    for name in names:
-        if name in known:
-            continue
-        near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.4)
-        hint = f"did you mean {', '.join(map(repr, near))}?" if near else f"it has {', '.join(map(repr, known[:5]))}, …"
-        raise ValueError(f"names: got {name!r}, expected a module of {which} ({type(model).__name__}); {hint}")
+            logits_a, logits_b = (passes.forward(m, batch, p) for m, p in zip((model_a, model_b), places, strict=True))
+            rows_a, _, item = passes.labelled_rows(logits_a, batch.labels, shift)
+            add(rows_a, passes.labelled_rows(logits_b, batch.labels, shift)[0], item, batch)
 
 
 def _features(which: str, model: nn.Module, batch: Batch, names: list[str]) -> dict[str, list[Tensor]]:
     calls: dict[str, list[Tensor]] = {name: [] for name in names}
     with passes.captured(model, names, calls):
         passes.run(model, batch, passes.device_of(model))
-    for name, seen in calls.items():
-        if not seen:
-            raise ValueError(
-                f"names: {name!r} of {which} was never called in the forward of batch {batch.index}, "
-                "expected a module whose forward runs (a parameter read by a functional call has no output)"
-            )
+    check_called(which, calls, batch)
     return calls
-
-
-def _distance(name: str, calls_a: list[Tensor], calls_b: list[Tensor], batch: Batch) -> float:
-    """Sum over the batch's items of the L2 norm of the difference of one layer's features."""
-    shapes_a, shapes_b = ([tuple(call.shape) for call in calls] for calls in (calls_a, calls_b))
-    if shapes_a != shapes_b:
-        raise ValueError(f"names: {name!r} gives features {shapes_b} in model_b, expected {shapes_a} as in model_a")
-    squares = torch.zeros(len(batch.labels), dtype=torch.float64)
-    for a, b in zip(calls_a, calls_b, strict=True):
-        difference = a.float() - b.to(a.device).float()
-        squares += _item_squares(name, difference, batch)
-    total = float(squares.sqrt().sum())
-    if not math.isfinite(total):
-        raise FloatingPointError(f"names: {name!r} is not finite in batch {batch.index}, expected finite features")
-    return total
-
-
-def _item_squares(name: str, difference: Tensor, batch: Batch) -> Tensor:
-    """float64 `(B,)`: sum of squares per item, padded positions left out."""
-    items, mask = len(batch.labels), batch.mask
-    if difference.ndim == 0 or difference.shape[0] == 0 or difference.shape[0] % items:
-        raise ValueError(
-            f"names: {name!r} gives a feature of shape {tuple(difference.shape)} for {items} items, "
-            "expected the batch first: (B, …) or (B·T, …)"
-        )
-    if mask is not None:
-        # Two axes are never a token grid: a pooled (B, K) may have K = T by chance.
-        if difference.ndim == 3 and difference.shape[:2] == mask.shape:
-            real = mask
-        elif difference.shape[0] == mask.numel():
-            real = mask.flatten()
-        else:
-            real = None
-        if real is not None:
-            axes = real.shape + (1,) * (difference.ndim - real.ndim)
-            difference = torch.where(real.reshape(axes).to(difference.device), difference, 0)
-    # fp32 squares of one item are summed where they are, in fp32: fp64 is missing on some devices.
-    return difference.reshape(items, -1).square().sum(1).cpu().double()

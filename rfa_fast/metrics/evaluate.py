@@ -2,8 +2,9 @@
 
 The subsets carry the paper's names: `D_r` and `D_f` of the training set, `D_rt` and `D_ft` (or `D_t`)
 of the test set. Predictions are kept, so that membership inference, confidence plots and per-class
-figures cost no further pass. Nothing is fixed about the names except the defaults of
-:meth:`SplitResult.membership`.
+figures cost no further pass; what needs a second model (activation and feature distance, ZRF) hangs on
+the same pass. Nothing is fixed about the names except the defaults of :meth:`SplitResult.membership`,
+:meth:`SplitResult.auc` and :class:`~rfa_fast.metrics.references.References`.
 """
 
 from __future__ import annotations
@@ -15,9 +16,18 @@ from dataclasses import dataclass
 from torch import nn
 
 from rfa_fast.metrics import passes
-from rfa_fast.metrics.membership import MAX_SAMPLES, Classifier, Feature, MembershipAttack, membership_attack
+from rfa_fast.metrics.membership import (
+    MAX_SAMPLES,
+    Classifier,
+    Feature,
+    MembershipAttack,
+    membership_attack,
+    membership_auc,
+)
+from rfa_fast.metrics.min_k import MIN_K_DEFAULT
 from rfa_fast.metrics.passes import Loader, Progress
 from rfa_fast.metrics.predictions import Predictions, predict
+from rfa_fast.metrics.references import Comparison, Distances, References
 
 
 @dataclass(frozen=True)
@@ -28,11 +38,13 @@ class SubsetResult:
         name: of the subset, `"D_f"` say.
         predictions: per-item figures.
         seconds: wall-clock time of the pass.
+        distances: to the reference models, where any were given.
     """
 
     name: str
     predictions: Predictions
     seconds: float
+    distances: Distances | None = None
 
     @property
     def is_text_generation(self) -> bool:
@@ -61,7 +73,8 @@ class SubsetResult:
 
     def figures(self) -> dict[str, float]:
         """`n`, `accuracy`, `loss`, the mean `entropy` and `confidence`; for a label per token also
-        `token_accuracy` and `perplexity`. Items without a label are in none of them but `n`."""
+        `token_accuracy` and `perplexity`; with reference models also :meth:`Distances.figures`. Items without
+        a label are in none of the former but `n`."""
         kept = self.predictions.tokens > 0
         out = {
             "n": float(len(self.predictions)),
@@ -72,7 +85,7 @@ class SubsetResult:
         }
         if self.is_text_generation:
             out |= {"token_accuracy": self.predictions.token_accuracy, "perplexity": self.perplexity}
-        return out
+        return out if self.distances is None else out | self.distances.figures()
 
 
 class SplitResult(Mapping[str, SubsetResult]):
@@ -113,6 +126,7 @@ class SplitResult(Mapping[str, SubsetResult]):
         seed: int = 0,
         balanced: bool = True,
         max_samples: int | None = MAX_SAMPLES,
+        min_k: int = MIN_K_DEFAULT,
     ) -> MembershipAttack:
         """:func:`~rfa_fast.metrics.membership.membership_attack` on three of the subsets.
 
@@ -125,9 +139,7 @@ class SplitResult(Mapping[str, SubsetResult]):
         """
         if nonmember is None:
             nonmember = "D_rt" if "D_rt" in self else "D_t"
-        for name in (member, nonmember, forget):
-            if name not in self:
-                raise ValueError(f"membership: got subsets {', '.join(self)}, expected {name} among them")
+        self._check_there("membership", member, nonmember, forget)
         return membership_attack(
             self[member].predictions,
             self[nonmember].predictions,
@@ -137,13 +149,43 @@ class SplitResult(Mapping[str, SubsetResult]):
             seed=seed,
             balanced=balanced,
             max_samples=max_samples,
+            min_k=min_k,
         )
+
+    def auc(
+        self,
+        *,
+        feature: Feature = "entropy",
+        forget: str = "D_f",
+        test: str | None = None,
+        min_k: int = MIN_K_DEFAULT,
+    ) -> float:
+        """:func:`~rfa_fast.metrics.membership.membership_auc` of two subsets: an attack without a classifier.
+
+        Args:
+            test: `None` takes the unseen items that are most like the forgotten ones: `D_ft`, else `D_t`,
+                else `D_rt`. Against other classes the classes would be told apart, not what was seen.
+            feature, forget, min_k: as there.
+
+        Raises:
+            ValueError: a subset that was not evaluated, and what the attack raises.
+        """
+        if test is None:
+            test = next((name for name in ("D_ft", "D_t") if name in self), "D_rt")
+        self._check_there("auc", forget, test)
+        return membership_auc(self[forget].predictions, self[test].predictions, feature=feature, min_k=min_k)
+
+    def _check_there(self, what: str, *names: str) -> None:
+        for name in names:
+            if name not in self:
+                raise ValueError(f"{what}: got subsets {', '.join(self)}, expected {name} among them")
 
 
 def evaluate_split(
     model: nn.Module,
     subsets: Mapping[str, Loader],
     *,
+    references: References | None = None,
     shift_labels: bool | None = None,
     progress: Progress | None = None,
 ) -> SplitResult:
@@ -152,6 +194,7 @@ def evaluate_split(
     Args:
         model, shift_labels: as for :func:`~rfa_fast.metrics.predictions.predict`.
         subsets: name -> loader; leave out a subset that is empty.
+        references: models to compare with; their figures come from the same passes.
         progress: called with (batches done, batches in all) over all subsets; 0 in all when a loader does
             not know its length.
 
@@ -183,7 +226,9 @@ def evaluate_split(
     for name, loader in subsets.items():
         start = time.perf_counter()
         with passes.named_subset(name):
-            predictions = predict(model, loader, shift_labels=shift_labels, progress=advance)
-        results[name] = SubsetResult(name, predictions, time.perf_counter() - start)
+            observer = None if references is None else Comparison(references, model, name)
+            predictions = predict(model, loader, shift_labels=shift_labels, progress=advance, observer=observer)
+            distances = None if observer is None else observer.result(predictions)
+        results[name] = SubsetResult(name, predictions, time.perf_counter() - start, distances)
         done = latest
     return SplitResult(results)

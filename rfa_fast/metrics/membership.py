@@ -6,6 +6,9 @@ items (non-members). It is then asked about the forget set, and the share it cal
 figure. A well-forgotten set comes out like the retrained model's, which is not always low: an attack
 that hardly beats chance on its own training items says little either way, so its accuracy there is
 reported beside the share, and :func:`membership_auc` needs no threshold at all.
+
+Language models are attacked by their loss as well (Yeom et al. 2018, arXiv 1709.01604) and by Min-K %
+(:mod:`rfa_fast.metrics.min_k`): other features, the same attacker. All features are low for a member.
 """
 
 from __future__ import annotations
@@ -17,10 +20,11 @@ from typing import Literal, TypeAlias, cast, get_args
 import numpy as np
 import numpy.typing as npt
 
+from rfa_fast.metrics.min_k import MIN_K_DEFAULT
 from rfa_fast.metrics.predictions import Predictions
 
 Classifier = Literal["logistic", "svm"]
-Feature = Literal["entropy", "loss"]
+Feature = Literal["entropy", "loss", "min_k"]
 Scores: TypeAlias = Predictions | npt.NDArray[np.floating] | Sequence[float]
 
 MAX_SAMPLES = 2000
@@ -61,6 +65,7 @@ def membership_attack(
     seed: int = 0,
     balanced: bool = True,
     max_samples: int | None = MAX_SAMPLES,
+    min_k: int = MIN_K_DEFAULT,
 ) -> MembershipAttack:
     """Train the attacker on members and non-members, and ask it about the forget set.
 
@@ -70,15 +75,17 @@ def membership_attack(
         forget: the same for the forget set, D_f.
         classifier: `"logistic"` regression or `"svm"` (RBF kernel), scikit-learn's defaults on the
             standardised feature.
-        feature: `"entropy"` of the output, the paper's, or `"loss"`, −log p of the true label.
+        feature: `"entropy"` of the output, the paper's (of a text the top ten tokens'); `"loss"`, −log p of
+            the true label, of a text the mean over its tokens; `"min_k"`, the same over its least likely ones.
         seed: of the subsampling, the only randomness here.
-        balanced: train on equally many of both kinds, subsampling the larger.
-        max_samples: at most so many of each kind in training (2,000); `None` for no limit. The forget
-            set is never subsampled.
+        balanced: train on equally many of both kinds, subsampling the larger; else in the proportion given.
+        max_samples: at most so many of each kind in training (2,000), both thinned by one factor where they
+            are to stay unequal; `None` for no limit. The forget set is never subsampled.
+        min_k: the k of `"min_k"` in percent, one of :data:`~rfa_fast.metrics.min_k.MIN_K_PERCENTS`.
 
     Raises:
-        ValueError: an empty set, an unknown option, or a feature that is not finite (a text without a
-            label has no entropy).
+        ValueError: an empty set, an unknown option, a feature that is not finite (a text without a
+            label has no entropy), or Min-K % of a classification.
 
     Example:
         >>> attack = membership_attack([0.1, 0.2, 0.1], [0.9, 1.0, 0.8], [0.15, 0.95, 0.85, 0.9])
@@ -88,15 +95,18 @@ def membership_attack(
     _check_choice("classifier", classifier, get_args(Classifier))
     _check_choice("feature", feature, get_args(Feature))
     _check_limit(max_samples)
-    inside, outside = _feature("member", member, feature), _feature("nonmember", nonmember, feature)
-    asked = _feature("forget", forget, feature)
+    inside, outside = _feature("member", member, feature, min_k), _feature("nonmember", nonmember, feature, min_k)
+    asked = _feature("forget", forget, feature, min_k)
     auc = _auc(asked, outside)
 
-    limit = max_samples if max_samples is not None else max(len(inside), len(outside))
+    larger = max(len(inside), len(outside))
+    limit = larger if max_samples is None else min(larger, max_samples)
     if balanced:
-        limit = min(limit, len(inside), len(outside))
+        wanted = [min(limit, len(inside), len(outside))] * 2
+    else:
+        wanted = [max(1, round(len(values) * limit / larger)) for values in (inside, outside)]
     generator = np.random.default_rng(seed)
-    inside, outside = _subsample(inside, limit, generator), _subsample(outside, limit, generator)
+    inside, outside = _subsample(inside, wanted[0], generator), _subsample(outside, wanted[1], generator)
 
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -129,6 +139,7 @@ def membership_inference(
     seed: int = 0,
     balanced: bool = True,
     max_samples: int | None = MAX_SAMPLES,
+    min_k: int = MIN_K_DEFAULT,
 ) -> float:
     """Share in [0, 1] of the forget set that :func:`membership_attack` calls "member" (Tables X and XI).
 
@@ -147,10 +158,11 @@ def membership_inference(
         seed=seed,
         balanced=balanced,
         max_samples=max_samples,
+        min_k=min_k,
     ).forget_share
 
 
-def membership_auc(forget: Scores, test: Scores, *, feature: Feature = "entropy") -> float:
+def membership_auc(forget: Scores, test: Scores, *, feature: Feature = "entropy", min_k: int = MIN_K_DEFAULT) -> float:
     """Area under the ROC curve of "forget" against "test", a low feature counting as "member".
 
     0.5 means that the two sets cannot be told apart, 1 that every forget item looks more like training
@@ -164,7 +176,7 @@ def membership_auc(forget: Scores, test: Scores, *, feature: Feature = "entropy"
         0.75
     """
     _check_choice("feature", feature, get_args(Feature))
-    return _auc(_feature("forget", forget, feature), _feature("test", test, feature))
+    return _auc(_feature("forget", forget, feature, min_k), _feature("test", test, feature, min_k))
 
 
 def _auc(forget: npt.NDArray[np.float64], test: npt.NDArray[np.float64]) -> float:
@@ -174,9 +186,10 @@ def _auc(forget: npt.NDArray[np.float64], test: npt.NDArray[np.float64]) -> floa
     return float(roc_auc_score(is_forget, -np.concatenate([forget, test])))
 
 
-def _feature(name: str, scores: Scores, feature: Feature) -> npt.NDArray[np.float64]:
+def _feature(name: str, scores: Scores, feature: Feature, min_k: int) -> npt.NDArray[np.float64]:
     if isinstance(scores, Predictions):
-        values = np.asarray(scores.entropy if feature == "entropy" else scores.nll, dtype=np.float64)
+        found = {"entropy": scores.entropy, "loss": scores.nll}.get(feature)
+        values = np.asarray(scores.min_k_loss(min_k) if found is None else found, dtype=np.float64)
     else:
         values = np.asarray(scores, dtype=np.float64)
     if values.ndim != 1 or len(values) == 0:

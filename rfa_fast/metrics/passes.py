@@ -10,10 +10,10 @@ counters.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,20 @@ class Batch:
     inputs: Tensor | dict[str, Any]
     labels: Tensor
     mask: Tensor | None
+
+
+class Observer(Protocol):
+    """What may look on while :func:`~rfa_fast.metrics.predictions.predict` runs a model over a loader."""
+
+    @property
+    def models(self) -> Sequence[nn.Module]:
+        """Further models that it runs; put in eval mode with the first."""
+
+    def layers(self) -> Sequence[str]:
+        """Modules of the model whose outputs it wants of the next batch."""
+
+    def see(self, batch: Batch, logits: Tensor, features: dict[str, list[Tensor]], shift: bool) -> None:
+        """One batch: the model's logits, and the outputs of those modules, one tensor per call."""
 
 
 @contextmanager

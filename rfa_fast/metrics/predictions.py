@@ -1,10 +1,11 @@
 """What a model predicts for a set of items, from one pass: every other figure is read off it.
 
 An item is an image or a text with one label `(B,)`, or a text with a label per token `(B, T)`. Both
-are reduced to the same four numbers per item (how sure, how uncertain, how wrong, how many tokens
+are reduced to the same few numbers per item (how sure, how uncertain, how wrong, how many tokens
 right), so that accuracy, loss, perplexity and membership inference need no second pass and no second
 formula. Full probabilities are kept for classification only: for a language model they would be
-tokens × vocabulary, gigabytes that no metric reads again.
+tokens × vocabulary, gigabytes that no metric reads again. Nor are log-probabilities per token kept:
+what Min-K % makes of them is a number per text, taken while they are there.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from rfa_fast.metrics import passes
-from rfa_fast.metrics.passes import Loader, Progress
+from rfa_fast.metrics.min_k import MIN_K_DEFAULT, MIN_K_PERCENTS, least_likely
+from rfa_fast.metrics.passes import Loader, Observer, Progress
 from rfa_fast.objective import IGNORED_LABEL
 
 Floats: TypeAlias = npt.NDArray[np.float32]
@@ -45,9 +47,12 @@ class Predictions:
         tokens_right: int64 `(n,)`, those that are the arg-max.
         probabilities: float32 `(n, C)`; `None` for texts with a label per token.
         labels: int64 `(n,)`; `None` for texts with a label per token.
+        min_k: float32 `(n, P)` in nats, the mean −log p of each text's least likely k % of labelled
+            tokens, for the P percentages of :data:`~rfa_fast.metrics.min_k.MIN_K_PERCENTS`; `None` for a
+            classification. See :meth:`min_k_loss`.
 
     An item without a label has `nll` NaN, and enters no average below; a text without one has no
-    entropy or confidence either (NaN).
+    entropy, confidence or Min-K % either (NaN).
     """
 
     confidence: Floats
@@ -57,6 +62,7 @@ class Predictions:
     tokens_right: Integers
     probabilities: Floats | None = None
     labels: Integers | None = None
+    min_k: Floats | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -101,6 +107,21 @@ class Predictions:
         loss = self.loss
         return math.exp(loss) if loss < math.log(np.finfo(np.float64).max) else math.inf
 
+    def min_k_loss(self, percent: int = MIN_K_DEFAULT) -> Floats:
+        """float32 `(n,)`: mean −log p of each text's `percent` % least likely tokens (Min-K % with its sign turned).
+
+        Low means that no token surprised the model: it may have seen the text.
+
+        Raises:
+            ValueError: a classification, or a percentage that the pass did not take.
+        """
+        if self.min_k is None:
+            raise ValueError("min_k: got one label per item (B,), expected a label per token (B, T)")
+        if percent not in MIN_K_PERCENTS:
+            raise ValueError(f"min_k: got {percent!r}, expected one of {', '.join(map(str, MIN_K_PERCENTS))} (%)")
+        column: Floats = self.min_k[:, MIN_K_PERCENTS.index(percent)]
+        return column
+
     def per_class_accuracy(self, n_classes: int) -> list[float]:
         """Accuracy in [0, 1] of each class, NaN for a class without an item.
 
@@ -125,7 +146,12 @@ class Predictions:
 
 
 def predict(
-    model: nn.Module, loader: Loader, *, shift_labels: bool | None = None, progress: Progress | None = None
+    model: nn.Module,
+    loader: Loader,
+    *,
+    shift_labels: bool | None = None,
+    progress: Progress | None = None,
+    observer: Observer | None = None,
 ) -> Predictions:
     """Run `model` over `loader` once, in eval mode and without gradients, leaving the model as it was.
 
@@ -137,6 +163,8 @@ def predict(
         shift_labels: whether position t of `(B, T)` predicts the label of t + 1; `None`: yes for
             transformers' causal language models, no for anything else.
         progress: called with (batches done, batches in all; 0 when unknown).
+        observer: also sees every batch's logits, and the outputs of the layers it names; what needs a
+            second model (:mod:`rfa_fast.metrics.references`) hangs on the same pass by it.
 
     Returns:
         One entry per item; probabilities are computed in float32 whatever the model's dtype.
@@ -152,10 +180,14 @@ def predict(
         (0.5, [0.6930000185966492, 0.0010000000474974513])
     """
     parts: dict[str, list[Tensor]] = {}
-    with passes.evaluating(model):
+    with passes.evaluating(model, *(observer.models if observer is not None else ())):
         device, shift = passes.device_of(model), passes.shifts_labels(model, shift_labels)
         for batch in passes.batches(loader, progress):
-            logits = passes.forward(model, batch, device)
+            features: dict[str, list[Tensor]] = {name: [] for name in (observer.layers() if observer else ())}
+            with passes.captured(model, features, features):
+                logits = passes.forward(model, batch, device)
+            if observer is not None:
+                observer.see(batch, logits, features, shift)
             figures = _token_items(logits, batch, shift) if batch.labels.ndim == 2 else _class_items(logits, batch)
             if parts and parts.keys() != figures.keys():
                 raise ValueError(f"labels: batch {batch.index} mixes (B,) and (B, T), expected one kind per loader")
@@ -219,7 +251,8 @@ def _token_items(logits: Tensor, batch: passes.Batch, shift: bool) -> dict[str, 
 
     # 0 / 0 is the NaN that Predictions promises for a text without a label.
     mean = {name: (total(figures[name]) / tokens).float() for name in ("confidence", "entropy", "nll")}
-    return {**mean, "tokens": tokens, "tokens_right": total(figures["right"]).long()}
+    min_k = least_likely(figures["nll"], item, n).float()
+    return {**mean, "tokens": tokens, "tokens_right": total(figures["right"]).long(), "min_k": min_k}
 
 
 def _row_figures(
