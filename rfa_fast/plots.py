@@ -1,86 +1,24 @@
 """The four plots of a scenario, as SVG fragments to be set into a page.
 
-Matplotlib lays the plots out; the page dresses them. Colours are written as stand-ins and replaced
-by CSS variables, and text stays text, so one drawing serves light, dark and print in the page's own
-type. Legends are left to the page as well, where they wrap. Figures are drawn through Figure and
-FigureCanvas objects: pyplot's global state is never touched, and the same numbers give the same bytes.
+What is drawn is decided here, how it looks in :mod:`rfa_fast.plots_style`. Legends are left to the page,
+where they wrap.
 """
 
 from __future__ import annotations
 
-import io
 import math
-import re
-import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from rfa_fast.plots_style import HEIGHT, HEX, Key, Plot, layer_legend, short, svg
 from rfa_fast.report_data import Scenario
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Stand-in colour -> CSS variable of the page.
-_COLOURS = {
-    "#010203": "--ink",
-    "#040506": "--muted",
-    "#070809": "--grid",
-    "#0a0b0c": "--retain",
-    "#0d0e0f": "--forget",
-    "#101112": "--before",
-    "#131415": "--test",
-    "#161718": "--third",
-    "#191a1b": "--band",
-}
-_HEX = {name.removeprefix("--"): value for value, name in _COLOURS.items()}
-_WIDTH = 4.9  # inches; at 72 points each, near the width of a phone, where the text keeps its size
-_HEIGHT = 2.7
+__all__ = ["Plot", "confidence_plot", "draw_plots", "feature_distance_plot", "loss_plot", "per_class_plot"]
+
 _MOST_CLASSES = 20
-_STYLE = {
-    "svg.fonttype": "none",
-    "text.usetex": False,
-    "text.parse_math": False,
-    "font.family": ["DejaVu Sans"],
-    "font.size": 9.4,
-    "text.color": _HEX["ink"],
-    "axes.labelcolor": _HEX["muted"],
-    "axes.edgecolor": _HEX["grid"],
-    "axes.linewidth": 0.8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "grid.color": _HEX["grid"],
-    "grid.linewidth": 0.6,
-    "xtick.color": _HEX["grid"],
-    "ytick.color": _HEX["grid"],
-    "xtick.labelcolor": _HEX["muted"],
-    "ytick.labelcolor": _HEX["muted"],
-    "xtick.labelsize": 9.0,
-    "ytick.labelsize": 9.0,
-    "lines.solid_capstyle": "round",
-}
-
-
-@dataclass(frozen=True)
-class Key:
-    """One entry of a legend: the CSS variable of its colour, and `"bar"`, `"solid"`, `"dashed"` or `"dotted"`."""
-
-    label: str
-    colour: str
-    mark: str
-
-
-@dataclass(frozen=True)
-class Plot:
-    """One plot: an SVG fragment and the words around it; `svg` is empty where there was nothing to draw."""
-
-    title: str
-    svg: str = ""
-    alt: str = ""
-    caption: str = ""
-    legend: list[Key] = field(default_factory=list)
-    missing: str = ""
 
 
 def draw_plots(scenario: Scenario, salt: str = "") -> list[Plot]:
@@ -96,7 +34,7 @@ def draw_plots(scenario: Scenario, salt: str = "") -> list[Plot]:
     """
     classes, features = per_class_plot(scenario, f"{salt}p0"), feature_distance_plot(scenario, f"{salt}p2")
     # Two plots stand side by side: the two whose height is free take that of their neighbour.
-    heights = [_class_height(scenario), _layer_height(scenario)] if classes.svg else [_HEIGHT, _HEIGHT]
+    heights = [_class_height(scenario), _layer_height(scenario)] if classes.svg else [HEIGHT, HEIGHT]
     confidence = confidence_plot(scenario, f"{salt}p1", heights[0])
     losses = loss_plot(scenario, f"{salt}p3", heights[1] if confidence.svg else heights[0])
     if classes.svg and confidence.svg:
@@ -120,19 +58,19 @@ def per_class_plot(scenario: Scenario, salt: str = "") -> Plot:
         thick = 0.76 / len(series)
         for row, name in enumerate(names):
             if name in scenario.forgotten:
-                axes.axhspan(row - 0.5, row + 0.5, color=_HEX["band"], lw=0)
+                axes.axhspan(row - 0.5, row + 0.5, color=HEX["band"], lw=0)
             for k, (label, colour, values) in enumerate(series):
                 colour = "forget" if name in scenario.forgotten and label != "before" else colour
                 place = row + (k - (len(series) - 1) / 2) * thick
-                axes.barh(place, 100 * _finite(values[name], 0.0), thick * 0.92, color=_HEX[colour])
+                axes.barh(place, 100 * _finite(values[name], 0.0), thick * 0.92, color=HEX[colour])
                 if name in scenario.forgotten and math.isfinite(values[name]):
                     text = f"{100 * values[name]:.1f}"
-                    axes.text(100 * values[name] + 1.2, place, text, va="center", size=7.5, color=_HEX["forget"])
+                    axes.text(100 * values[name] + 1.2, place, text, va="center", size=7.5, color=HEX["forget"])
         axes.set(xlim=(0, 108), ylim=(len(names) - 0.5, -0.5), xlabel="accuracy (%)", xticks=range(0, 101, 20))
-        axes.set_yticks(range(len(names)), [_short(name, 18) for name in names])
+        axes.set_yticks(range(len(names)), [short(name, 18) for name in names])
         for tick, name in zip(axes.get_yticklabels(), names, strict=True):
             if name in scenario.forgotten:
-                tick.set(color=_HEX["forget"], weight="bold")
+                tick.set(color=HEX["forget"], weight="bold")
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="x")
 
@@ -152,10 +90,10 @@ def per_class_plot(scenario: Scenario, salt: str = "") -> Plot:
         caption = f"The kept class that moved most is {most}: {_signed(points)} points."
     if len(names) < len(before):
         caption += f" Drawn: the {len(names)} of {len(before)} classes that moved most."
-    return Plot(title, _svg(draw, _class_height(scenario), salt), alt, caption.strip(), legend)
+    return Plot(title, svg(draw, _class_height(scenario), salt), alt, caption.strip(), legend)
 
 
-def confidence_plot(scenario: Scenario, salt: str = "", height: float = _HEIGHT) -> Plot:
+def confidence_plot(scenario: Scenario, salt: str = "", height: float = HEIGHT) -> Plot:
     """Distribution of the confidence on forget samples before and after, and on test samples."""
     import numpy as np
 
@@ -174,7 +112,7 @@ def confidence_plot(scenario: Scenario, salt: str = "", height: float = _HEIGHT)
     def draw(axes: Axes) -> None:
         for key, values in zip(legend, groups.values(), strict=True):
             share = 100 * np.histogram(values, edges)[0] / len(values)
-            colour = _HEX[key.colour]
+            colour = HEX[key.colour]
             if key.mark == "bar":
                 axes.stairs(share, edges, fill=True, color=colour, alpha=0.45, lw=0, zorder=1)
             else:
@@ -186,7 +124,7 @@ def confidence_plot(scenario: Scenario, salt: str = "", height: float = _HEIGHT)
     means = [f"{key} {sum(values) / len(values):.2f}" for key, values in groups.items()]
     caption = f"Mean: {', '.join(means)}."
     alt = f"Histograms of confidence in 25 bins. Mean {', '.join(means)}."
-    return Plot(title, _svg(draw, height, salt), alt, caption, legend)
+    return Plot(title, svg(draw, height, salt), alt, caption, legend)
 
 
 def feature_distance_plot(scenario: Scenario, salt: str = "") -> Plot:
@@ -196,7 +134,7 @@ def feature_distance_plot(scenario: Scenario, salt: str = "") -> Plot:
     if not series:
         return Plot(title, missing="this run measured no feature distances")
     layers = list(dict.fromkeys(layer for values in series.values() for layer in values))
-    legend = _layer_legend(list(series), scenario.reference)
+    legend = layer_legend(list(series), scenario.reference)
     every = math.ceil(len(layers) / 24)
     prefix = _shared_parents(layers) if len(layers) > 1 else ""
 
@@ -205,9 +143,9 @@ def feature_distance_plot(scenario: Scenario, salt: str = "") -> Plot:
             line = {"dashed": (0, (4, 2)), "dotted": (0, (1.2, 1.6))}.get(key.mark, key.mark)
             width = [values.get(layer, math.nan) for layer in layers]
             marker = "o" if len(layers) <= 40 else ""
-            axes.plot(width, range(len(layers)), color=_HEX[key.colour], ls=line, lw=1.4, marker=marker, ms=3.6)
+            axes.plot(width, range(len(layers)), color=HEX[key.colour], ls=line, lw=1.4, marker=marker, ms=3.6)
         rows = range(0, len(layers), every)
-        axes.set_yticks(rows, [_short(layers[row][len(prefix) :], 26, keep="end") for row in rows])
+        axes.set_yticks(rows, [short(layers[row][len(prefix) :], 26, keep="end") for row in rows])
         axes.set(ylim=(len(layers) - 0.5, -0.5), xlabel="distance (mean L2)")
         axes.set_xlim(left=0)
         axes.tick_params(axis="y", length=0)
@@ -217,10 +155,10 @@ def feature_distance_plot(scenario: Scenario, salt: str = "") -> Plot:
     value, key, layer = max(finite)
     caption = f"Largest: {value:.3g} ({key}, {layer})." + (f" Names without “{prefix}”." if prefix else "")
     alt = f"Lines of feature distance over {len(layers)} layers for {', '.join(series)}. {caption}"
-    return Plot(title, _svg(draw, _layer_height(scenario), salt), alt, caption, legend)
+    return Plot(title, svg(draw, _layer_height(scenario), salt), alt, caption, legend)
 
 
-def loss_plot(scenario: Scenario, salt: str = "", height: float = _HEIGHT) -> Plot:
+def loss_plot(scenario: Scenario, salt: str = "", height: float = HEIGHT) -> Plot:
     """Loss terms over the steps; the scale is logarithmic where they span more than two decades."""
     import numpy as np
 
@@ -248,7 +186,7 @@ def loss_plot(scenario: Scenario, salt: str = "", height: float = _HEIGHT) -> Pl
             values = np.where(values > 0, values, math.nan) if log else values
             x, y = _binned(steps, values, window)
             width = 2.0 if key == "total" else 1.5
-            axes.plot(x, y, color=_HEX[colour], ls=line, lw=width, zorder=3 + order, marker="o" if len(x) == 1 else "")
+            axes.plot(x, y, color=HEX[colour], ls=line, lw=width, zorder=3 + order, marker="o" if len(x) == 1 else "")
         axes.set(xlabel="step", yscale="log" if log else "linear")
         if log:
             axes.yaxis.set_major_formatter("{x:g}")
@@ -264,49 +202,7 @@ def loss_plot(scenario: Scenario, salt: str = "", height: float = _HEIGHT) -> Pl
     caption += " Logarithmic scale." if log else ""
     alt = f"Lines of {len(terms)} loss terms over {len(steps)} steps. {caption}"
     legend = [Key(*styles[key]) for key in terms]
-    return Plot(title, _svg(draw, height, salt), alt, caption, legend)
-
-
-def _svg(draw: Callable[[Axes], None], height: float, salt: str) -> str:
-    """Draw on fresh axes and return an `<svg>` that inherits colour and type from the page around it."""
-    import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    buffer = io.StringIO()
-    style: Any = {**_STYLE, "svg.hashsalt": f"rfa-fast {salt}"}
-    with matplotlib.rc_context(style), warnings.catch_warnings():
-        # The reader's browser sets the text, so a glyph that matplotlib's own font lacks is not missing.
-        warnings.filterwarnings("ignore", message=r"Glyph \d+", category=UserWarning)
-        figure = Figure(figsize=(_WIDTH, height), layout="constrained")
-        FigureCanvasSVG(figure)
-        draw(figure.add_subplot())
-        figure.patch.set_visible(False)
-        for axes in figure.axes:
-            axes.patch.set_visible(False)
-        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    return _dress(buffer.getvalue(), salt)
-
-
-def _dress(text: str, salt: str) -> str:
-    """The `<svg>` element alone: no prolog, no links, ids unique on the page, CSS variables for colours.
-
-    Only tags are rewritten: what stands between them is the user's (matplotlib has escaped it).
-    """
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<!--.*?-->\s*|<defs>\s*<style.*?</style>\s*</defs>\s*", "", text, flags=re.DOTALL)
-    tags = "".join(re.findall(r"<[^>]+>", text))
-    used = set(re.findall(r'(?:url\(#|href="#)([^")]+)', tags))
-
-    def rewrite(match: re.Match[str]) -> str:
-        tag = match[0]
-        if tag.startswith("<svg"):
-            tag = re.sub(r'\s(?:xmlns(?::\w+)?|version|width|height)="[^"]*"', "", tag)
-        tag = re.sub(r' id="([^"]*)"', lambda m: f' id="{salt}-{m[1]}"' if m[1] in used else "", tag)
-        tag = re.sub(r'(url\(#|href="#)', rf"\g<1>{salt}-", tag)
-        return re.sub(r"#[0-9a-f]{6}\b", lambda m: f"var({_COLOURS[m[0]]})" if m[0] in _COLOURS else m[0], tag)
-
-    return re.sub(r"<[^>]+>", rewrite, text).strip()
+    return Plot(title, svg(draw, height, salt), alt, caption, legend)
 
 
 def _binned(steps: Any, values: Any, window: int) -> tuple[Any, Any]:
@@ -316,20 +212,6 @@ def _binned(steps: Any, values: Any, window: int) -> tuple[Any, Any]:
     groups = [slice(i, i + window) for i in range(0, len(steps), window)]
     finite = [group for group in groups if np.isfinite(values[group]).any()]
     return np.array([steps[g].mean() for g in finite]), np.array([np.nanmean(values[g]) for g in finite])
-
-
-def _layer_legend(names: Sequence[str], reference: str) -> list[Key]:
-    """Kept and forgotten keep their colours; test subsets are dotted, Retrain dashed; no two look alike."""
-    spare = [(colour, mark) for mark in ("solid", "dashed", "dotted") for colour in ("third", "ink", "test", "before")]
-    legend: list[Key] = []
-    for name in names:
-        forget, retain = re.search(r"D_f|forget", name), re.search(r"D_r|D_t|retain|kept", name)
-        mark = "dashed" if reference in name else "dotted" if re.search(r"D_r?f?t\b|test", name) else "solid"
-        look = ("forget" if forget else "retain", mark)
-        if not (forget or retain) or look in [(key.colour, key.mark) for key in legend]:
-            look = spare.pop(0) if spare else look
-        legend.append(Key(name, *look))
-    return legend
 
 
 def _shared_parents(layers: Sequence[str]) -> str:
@@ -353,12 +235,6 @@ def _finite(value: float, otherwise: float) -> float:
 def _edge(values: Any, end: int) -> float:
     finite: Sequence[float] = [value for value in values if math.isfinite(value)]
     return float(finite[end])
-
-
-def _short(name: str, most: int, keep: str = "start") -> str:
-    if len(name) <= most:
-        return name
-    return f"…{name[1 - most :]}" if keep == "end" else f"{name[: most - 1]}…"
 
 
 def _signed(points: float) -> str:

@@ -21,12 +21,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from rfa_fast.report_data import Example, MethodRow, Metric, Scenario, as_list, as_mapping, as_text, standard_metric
+from rfa_fast.report_chart import Chart
+from rfa_fast.report_data import Example, MethodRow, Metric, Scenario, standard_metric
+from rfa_fast.report_values import as_list, as_mapping, as_text
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 __all__ = [
+    "Chart",
     "Example",
     "MethodRow",
     "Metric",
@@ -147,7 +150,7 @@ class RunReport:
         for pointer, name in body.pop("not_finite", {}).items():
             _restore(body, pointer, name)
         for scenario in body.get("scenarios", []):
-            for key, kind in (("rows", MethodRow), ("metrics", Metric), ("examples", Example)):
+            for key, kind in (("rows", MethodRow), ("metrics", Metric), ("examples", Example), ("charts", Chart)):
                 if isinstance(scenario, dict) and isinstance(scenario.get(key), list):
                     scenario[key] = [_build(kind, item, key) for item in scenario[key]]
         body["scenarios"] = [_build(Scenario, item, "scenarios") for item in body.get("scenarios", [])]

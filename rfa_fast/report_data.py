@@ -8,12 +8,11 @@ loss is (NumPy and torch scalars, tuples, paths); anything else is an error that
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, SupportsFloat, TypeVar
+from typing import Any, Literal
 
-import torch
+from rfa_fast.report_chart import Chart
+from rfa_fast.report_values import as_iterable, as_list, as_mapping, as_number, as_numbers, as_text, json_safe
 
 Better = Literal["closer to Retrain", "higher", "lower"]
 _BETTER = ("closer to Retrain", "higher", "lower")
@@ -27,8 +26,6 @@ _SUBSETS = {
     "D_t": "test samples",
     "D_v": "validation samples",
 }
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -113,15 +110,27 @@ class Metric:
 
 @dataclass
 class MethodRow:
-    """One method's figures: `metrics` by :attr:`Metric.key`, `seconds` of wall-clock time or `None`."""
+    """One method's figures.
+
+    Attributes:
+        method: its name in the table.
+        metrics: figures by :attr:`Metric.key`; where there are several runs, their mean.
+        seconds: wall-clock time, or `None`.
+        spread: by the same keys, what stands behind ±: half the width of an interval around the mean.
+        published: by the same keys, what somebody else printed for this row, in the same units.
+    """
 
     method: str
     metrics: dict[str, float] = field(default_factory=dict)
     seconds: float | None = None
+    spread: dict[str, float] = field(default_factory=dict)
+    published: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         as_text("method", self.method)
         self.metrics = as_numbers(f"metrics of {self.method}", self.metrics)
+        self.spread = as_numbers(f"spread of {self.method}", self.spread)
+        self.published = as_numbers(f"published of {self.method}", self.published)
         if self.seconds is not None:
             self.seconds = as_number(f"seconds of {self.method}", self.seconds)
 
@@ -160,6 +169,8 @@ class Scenario:
         examples: texts before and after, for a model that writes.
         notes: sentences printed below the table.
         settings: JSON-safe values that were chosen.
+        charts: further plots, of figures over a setting or over the methods.
+        source: where published figures were published, for the heading above them.
 
     A number that is `None` stands for "not measured" and is kept as NaN.
 
@@ -188,16 +199,19 @@ class Scenario:
     examples: list[Example] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
+    charts: list[Chart] = field(default_factory=list)
+    source: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("title", "original", "reference"):
+        for name in ("title", "original", "reference", "source"):
             as_text(name, getattr(self, name))
         self.rows = as_list("rows", self.rows, MethodRow)
         self.examples = as_list("examples", self.examples, Example)
         self.notes = as_list("notes", self.notes, str)
         self.forgotten = as_list("forgotten", self.forgotten, str)
+        self.charts = as_list("charts", self.charts, Chart)
         _check_unique("method", [row.method for row in self.rows])
-        keys = list(dict.fromkeys(key for row in self.rows for key in row.metrics))
+        keys = list(dict.fromkeys(key for row in self.rows for key in (*row.metrics, *row.spread, *row.published)))
         if not self.metrics:
             self.metrics = [standard_metric(key) for key in keys]
         self.metrics = as_list("metrics", self.metrics, Metric)
@@ -259,65 +273,6 @@ def standard_metric(key: str) -> Metric:
         better = "lower" if kept else "closer to Retrain"
         return Metric(key, subset, "", better, group="Perplexity", about=f"perplexity on the {_SUBSETS[subset]}")
     return Metric(key, digits=3)
-
-
-def as_text(name: str, value: object) -> str:
-    """The string, or a TypeError that names the field."""
-    if not isinstance(value, str):
-        raise TypeError(f"{name}: got {value!r}, expected a string")
-    return value
-
-
-def as_number(name: str, value: object) -> float:
-    """A plain int or float; `None`, "not measured", becomes NaN."""
-    if value is None:
-        return math.nan
-    if isinstance(value, bool) or not isinstance(value, SupportsFloat):
-        raise TypeError(f"{name}: got {value!r}, expected a number")
-    return value if isinstance(value, int) else float(value)
-
-
-def as_numbers(name: str, values: object) -> dict[str, float]:
-    """A dict of plain numbers with string keys."""
-    return {as_text(f"{name} key", k): as_number(f"{name}[{k!r}]", v) for k, v in as_mapping(name, values).items()}
-
-
-def as_mapping(name: str, values: object) -> Mapping[Any, Any]:
-    """The mapping, or a TypeError that names the field."""
-    if not isinstance(values, Mapping):
-        raise TypeError(f"{name}: got {type(values).__name__}, expected a dict")
-    return values
-
-
-def as_iterable(name: str, values: object) -> Iterable[Any]:
-    """The iterable, which must not be a string or a mapping."""
-    if isinstance(values, str | Mapping) or not isinstance(values, Iterable):
-        raise TypeError(f"{name}: got {type(values).__name__}, expected a list")
-    return values
-
-
-def as_list(name: str, values: object, kind: type[T]) -> list[T]:
-    """A list whose items are all of `kind`."""
-    items = list(as_iterable(name, values))
-    for item in items:
-        if not isinstance(item, kind):
-            raise TypeError(f"{name}: got {item!r}, expected a list of {kind.__name__}")
-    return items
-
-
-def json_safe(name: str, value: object) -> Any:
-    """The value as JSON can hold it: tuples become lists, paths, dtypes and devices their names."""
-    if value is None or isinstance(value, str | bool | int | float):
-        return value
-    if isinstance(value, os.PathLike | torch.device):
-        return str(value)
-    if isinstance(value, torch.dtype):
-        return str(value).removeprefix("torch.")
-    if isinstance(value, Mapping):
-        return {as_text(f"{name} key", k): json_safe(f"{name}[{k!r}]", v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [json_safe(f"{name}[{i}]", v) for i, v in enumerate(value)]
-    raise TypeError(f"{name}: got {type(value).__name__}, expected a JSON value (text, number, list or dict)")
 
 
 def _rounded(name: str, values: object) -> list[float]:

@@ -20,6 +20,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from rfa_fast.plots import Plot, draw_plots
+from rfa_fast.plots_chart import chart_plot
 from rfa_fast.report_data import MethodRow, Metric, Scenario
 from rfa_fast.report_table import Cell, duration, reference_row, table_cells, unlearned_rows, verdict
 
@@ -55,6 +56,8 @@ class Section:
     settings: list[tuple[str, str]]
     compared: bool
     marked: bool
+    published: set[str]
+    spread: bool
 
 
 def render(report: RunReport) -> str:
@@ -118,7 +121,8 @@ def _section(scenario: Scenario, anchor: str) -> Section:
             ratio = reference.seconds / row.seconds
             speed = f"{ratio:.1f}× as fast" if ratio >= 1 else f"{1 / ratio:.1f}× as slow"
         lines.append(Line(row, kind, cells, duration(row.seconds), speed))
-    plots = draw_plots(scenario, anchor)
+    charts = [chart_plot(chart, f"{anchor}c{i}") for i, chart in enumerate(scenario.charts)]
+    plots = [*charts, *draw_plots(scenario, anchor)]
     return Section(
         anchor,
         scenario,
@@ -130,6 +134,8 @@ def _section(scenario: Scenario, anchor: str) -> Section:
         _flat(scenario.settings),
         reference is not None and bool(compared),
         any(cell.best for line in lines for cell in line.cells),
+        {key for row in scenario.rows for key in row.published},
+        any(row.spread for row in scenario.rows),
     )
 
 

@@ -30,12 +30,23 @@ _STYLES: dict[Level, str] = {"": "dim", "close": "dim green", "near": "dim yello
 
 @dataclass(frozen=True)
 class Cell:
-    """One figure: its text, the signed gap to Retrain (or empty), how close it is, whether it is the best gap."""
+    """One figure.
+
+    Attributes:
+        text: the figure.
+        gap: the signed gap to Retrain, or empty.
+        level: how close it is.
+        best: whether its gap is the smallest of the column.
+        spread: what stands behind ±, or empty.
+        published: the figure that somebody else printed, or empty.
+    """
 
     text: str
     gap: str = ""
     level: Level = ""
     best: bool = False
+    spread: str = ""
+    published: str = ""
 
 
 def reference_row(scenario: Scenario) -> MethodRow | None:
@@ -62,7 +73,7 @@ def table_cells(scenario: Scenario, extra: int = 0) -> list[list[Cell]]:
     Example:
         >>> rows = [MethodRow("Retrain", {"D_rt": 0.914}), MethodRow("RFA", {"D_rt": 0.912})]
         >>> table_cells(Scenario("forget 3", rows))[1]
-        [Cell(text='91.2', gap='-0.2', level='close', best=False)]
+        [Cell(text='91.2', gap='-0.2', level='close', best=False, spread='', published='')]
     """
     reference, compared = reference_row(scenario), unlearned_rows(scenario)
     columns: list[list[Cell]] = []
@@ -74,15 +85,19 @@ def table_cells(scenario: Scenario, extra: int = 0) -> list[list[Cell]]:
         column = []
         for row in scenario.rows:
             value = row.metrics.get(metric.key)
+            beside = {
+                name: metric.format(values[metric.key], extra)
+                for name, values in (("spread", row.spread), ("published", row.published))
+                if not math.isnan(values.get(metric.key, math.nan))
+            }
             if value is None:
-                column.append(Cell(""))
+                column.append(Cell("", **beside))  # type: ignore[arg-type]  # both are texts
                 continue
             gap = _shortfall(metric, row, target) if row in compared else None
-            if gap is None:
-                column.append(Cell(metric.format(value, extra)))
-                continue
-            signed = metric.format(value - target, extra, signed=True)
-            column.append(Cell(metric.format(value, extra), signed, _level(gap), gap == best))
+            signed = "" if gap is None else metric.format(value - target, extra, signed=True)
+            level: Level = "" if gap is None else _level(gap)
+            best_here = gap is not None and gap == best
+            column.append(Cell(metric.format(value, extra), signed, level, best_here, **beside))
         columns.append(column)
     return [[column[i] for column in columns] for i in range(len(scenario.rows))]
 
@@ -212,31 +227,49 @@ def _table(scenario: Scenario, columns: list[int], beside: bool) -> Table:
     table.add_column("Method", overflow="fold")
     rows = table_cells(scenario)
     texts: list[list[Text]] = [[] for _ in rows]
+    papers: list[list[Text]] = [[] for _ in rows]
     group = ""
     for i, metric in zip(columns, shown, strict=True):
         head = metric.label if percent or not metric.unit else f"{metric.label} {metric.unit}"
-        figure = max(len(text) for text in (head, *(row[i].text for row in rows)))
+        figures, published = _aligned([row[i] for row in rows])
+        figure = max(len(text) for text in (head, *figures))
         gap = max((len(row[i].gap) for row in rows), default=0) if beside else 0
         lines = [head.rjust(figure)]
         if any(other.group for other in shown):
             lines.insert(0, metric.group if metric.group != group else "")
         group = metric.group
         table.add_column(Text("\n".join(lines)), justify="left" if gap else "right", no_wrap=True)
-        for row, cells, line in zip(scenario.rows, rows, texts, strict=True):
+        for row, cells, line, whole in zip(scenario.rows, rows, texts, figures, strict=True):
             cell = cells[i]
-            text = Text(cell.text.rjust(figure) if gap else cell.text, style=_row_style(scenario, row))
+            text = Text(whole.rjust(figure) if gap else whole, style=_row_style(scenario, row))
             if cell.gap:
                 text.append(f" {cell.gap:>{gap}}" if gap else f"\n{cell.gap}", style=_STYLES[cell.level])
             line.append(text)
+        for line, whole in zip(papers, published, strict=True):
+            line.append(Text(whole.rjust(figure) if gap else whole, style="dim"))
     table.add_column("Time", justify="right", no_wrap=True)
-    for row, line in zip(scenario.rows, texts, strict=True):
+    for row, line, paper in zip(scenario.rows, texts, papers, strict=True):
         table.add_row(Text(row.method, style=_row_style(scenario, row)), *line, Text(duration(row.seconds)))
+        if any(text.plain.strip() for text in paper):
+            table.add_row(Text("  paper", style="dim"), *paper)
     reference = reference_row(scenario)
     caption = ["figures in %"] if percent and shown else []
     if reference is not None and unlearned_rows(scenario):
         caption.append(f"{'beside' if beside else 'below'} each: difference from {reference.method}")
+    if any(row.spread for row in scenario.rows):
+        caption.append("±: half a 95 % interval")
+    if scenario.source and any(row.published for row in scenario.rows):
+        caption.append(f"paper: {scenario.source}")
     table.caption = Text("; ".join(caption)) if caption else None
     return table
+
+
+def _aligned(cells: list[Cell]) -> tuple[list[str], list[str]]:
+    """The figures of a column with their intervals, and the published ones: decimals below each other."""
+    left = max((len(text) for cell in cells for text in (cell.text, cell.published)), default=0)
+    right = max((len(cell.spread) + 1 for cell in cells if cell.spread), default=0)
+    figures = [cell.text.rjust(left) + (f"±{cell.spread}" if cell.spread else "").ljust(right) for cell in cells]
+    return figures, [cell.published.rjust(left) + " " * right if cell.published else "" for cell in cells]
 
 
 def _row_style(scenario: Scenario, row: MethodRow) -> str:

@@ -206,12 +206,14 @@ def test_json_reads_back_equal_and_keeps_its_keys(tmp_path: Path) -> None:
     scenario = raw["scenarios"][0]
     assert set(scenario) == {
         *("title", "rows", "metrics", "original", "reference", "forgotten", "per_class_before", "per_class_after"),
-        *("feature_distance", "confidence", "losses", "examples", "notes", "settings"),
+        *("feature_distance", "confidence", "losses", "examples", "notes", "settings", "charts", "source"),
     }
     assert scenario["rows"][2] == {
         "method": "RFA",
         "metrics": {"D_r": 0.932, "D_f": 0.031, "D_rt": 0.8917, "D_ft": 0.0, "MIA": 0.3},
         "seconds": 31.0,
+        "spread": {},
+        "published": {},
     }
     assert scenario["settings"] == {
         "lr": 5e-5,
