@@ -4,9 +4,9 @@ A load or store of a tile counts its active mask lanes times the element's size:
 before any cache. Beside it stands how many different bytes those were, which is what a cache of infinite size would
 leave: the compulsory traffic, and the check on what `traffic.py` declares.
 
-Counting needs masks and addresses, not values. So products return their accumulator, floating-point tensors read as
-zeros, and conversions between them are skipped; integers and flags (group codes, labels) are read for what they
-are, because masks come from them. Every program of the grid runs, at the layer's real size. A test counts a small
+Counting needs masks and addresses, not values. So products return their accumulator, tiles of floating-point tensors
+read as zeros, and conversions between them are skipped; integers and flags (group codes, labels) and fp32 vectors (the
+weight of each sample: a row of weight 0 is not read) are read for what they are, because masks come from them. Every program of the grid runs, at the layer's real size. A test counts a small
 launch with and without these savings and finds the same bytes.
 
 This module only works in a process that was started with `TRITON_INTERPRET=1`.
@@ -82,7 +82,8 @@ class _Tensors:
 
     def touch(self, addresses: Any, mask: Any, size: int, write: bool) -> None:
         """Count the active lanes of one access; rows that are selected by pointer may lie in two tensors."""
-        active = addresses[np.broadcast_to(mask, addresses.shape)]
+        # The interpreter's `&` of a tile of flags and a scalar flag is a tile of integers, which numpy would index by.
+        active = addresses[np.broadcast_to(mask, addresses.shape).astype(bool)]
         if not active.size:
             return
         first, last = (bisect_right(self.bases, int(edge)) - 1 for edge in (active.min(), active.max()))
@@ -121,7 +122,7 @@ def _short_cuts(touch: Callable[[Any, Any, int, bool], None], values: bool) -> I
     def counted_load(self: Any, pointers: Any, mask: Any, other: Any, *rest: Any, **named: Any) -> Any:
         touch(pointers.data, mask.data, size_of(pointers), False)
         kind = pointers.get_element_ty()
-        if values or not kind.is_floating():
+        if values or not kind.is_floating() or (kind == tl.float32 and pointers.data.ndim < 2):
             return load(self, pointers, mask, other, *rest, **named)
         return TensorHandle(np.zeros(pointers.data.shape, dtype=_get_np_dtype(kind)), kind)
 

@@ -135,7 +135,7 @@ class Layer:
         m, k, n = self.shape
         x, w, grad = _tensor(device, m, k), _tensor(device, n, k), _tensor(device, m, n)
         a, b = _tensor(device, RANK, k, dtype=torch.float32), _tensor(device, n, RANK, dtype=torch.float32)
-        bias, one = _tensor(device, n) if self.bias else None, _tensor(device, dtype=torch.float32)
+        bias, one = _tensor(device, n) if self.bias else None, torch.ones((), device=device)
         group = every_second(m, device)
 
         def forward() -> Any:
@@ -158,7 +158,7 @@ class Layer:
         x, w = _image(device, batch, inputs, size, size), _image(device, outputs, inputs, 3, 3)
         grad = _image(device, batch, outputs, size, size)
         a, b = (_tensor(device, *shape, dtype=torch.float32) for shape in ((RANK, inputs, 3, 3), (outputs, RANK, 1, 1)))
-        group, one = every_second(batch, device), _tensor(device, dtype=torch.float32)
+        group, one = every_second(batch, device), torch.ones((), device=device)
         where: tuple[Any, ...] = ([1, 1], [1, 1, 1, 1], [1, 1], 1)
 
         def forward() -> Any:

@@ -119,7 +119,7 @@ TABLES: dict[str, dict[str, tuple[Config, ...]]] = {
     # Blocks of 128 columns: each leaves a partial U behind, and narrower ones would move more than half of what an
     # unfused backward does. How tall they are is a matter of registers.
     "linear_gradient": {
-        GENERIC: (Config(16, 128, 0, warps=8, stages=2),),
+        GENERIC: (Config(16, 128, 0, warps=4, stages=2),),
         "sm_80": (Config(32, 128, 0, warps=8, stages=2), Config(64, 64, 0, warps=8, stages=2)),
         "sm_90": (Config(64, 128, 0, warps=8, stages=2), Config(32, 128, 0, warps=8, stages=2)),
         "sm_100": (Config(64, 128, 0, warps=8, stages=2), Config(32, 128, 0, warps=8, stages=2)),
@@ -152,15 +152,15 @@ TABLES: dict[str, dict[str, tuple[Config, ...]]] = {
         "sm_80": (Config(64, 256, 4, warps=4, stages=1),),
         "sm_90": (Config(64, 256, 4, warps=4, stages=1),),
         "sm_100": (Config(64, 256, 4, warps=4, stages=1),),
-        "sm_120": (Config(64, 256, 4, warps=4, stages=1),),
+        "sm_120": (Config(64, 256, 4, warps=8, stages=1),),
         "gfx942": (Config(64, 512, 8, warps=8, stages=1),),
     },
     "conv2d_forward": {
-        GENERIC: (_SMALL,),
+        GENERIC: (Config(64, 64, 32, warps=8, stages=2),),
         "sm_80": (Config(128, 128, 32, warps=8, stages=3), Config(64, 64, 32, warps=4, stages=4)),
         "sm_90": (Config(128, 128, 64, warps=8, stages=3), Config(64, 64, 64, warps=4, stages=3)),
         "sm_100": (Config(128, 128, 64, warps=8, stages=3), Config(64, 64, 64, warps=4, stages=3)),
-        "sm_120": (Config(128, 128, 32, warps=8, stages=3), Config(64, 64, 32, warps=4, stages=4)),
+        "sm_120": (Config(128, 128, 32, warps=8, stages=3), Config(64, 64, 32, warps=8, stages=4)),
         "gfx942": (Config(128, 128, 64, warps=8, stages=2), Config(64, 128, 64, warps=4, stages=2)),
     },
     "conv2d_input_gradient": {
@@ -175,7 +175,7 @@ TABLES: dict[str, dict[str, tuple[Config, ...]]] = {
     # chunk's statistics are as large as three samples of y in fp32.
     "conv2d_epilogue": {GENERIC: (Config(16, 64, 8, warps=4, stages=3, group_m=3),)},
     "conv2d_gradient": {
-        GENERIC: (Config(32, 64, 0, warps=8, stages=2),),
+        GENERIC: (Config(16, 64, 0, warps=4, stages=2),),
         "sm_80": (Config(32, 64, 0, warps=4, stages=2),),
         "sm_90": (Config(32, 128, 0, warps=8, stages=2),),
         "sm_100": (Config(32, 128, 0, warps=8, stages=2),),

@@ -199,6 +199,29 @@ def lora_a_gradient_case():
     return lambda: lora_a_gradient(torch.ones(M, R), torch.ones(M, K).bfloat16(), config=config)
 
 
+def conv2d_gradient_case():
+    from rfa_fast.kernels.conv2d_gradient import conv2d_gradient
+    from rfa_fast.kernels.tuning import Config
+
+    g, y, changed = (torch.ones(4, *shape).bfloat16() for shape in ((6, 5, 3), (6, 5, 3), (1, 6, 5, 3)))
+    return lambda: conv2d_gradient(
+        g, y, torch.ones(60, R).bfloat16(), torch.ones(6, R, 1, 1), changed, groups=1, scale=2.0,
+        group=(torch.arange(4) % 2).to(torch.int8), goal=torch.ones(1, 6, 5, 3).expand_as(y),
+        forget_weight=torch.ones(4), kept=None, retain_weight=None, config=Config(16, 16, 0, warps=2, stages=1),
+    )  # fmt: skip
+
+
+def conv2d_retain_gradient_case():
+    from rfa_fast.kernels.conv2d_retain import conv2d_retain_gradient
+    from rfa_fast.kernels.tuning import Config
+
+    weight = torch.tensor([1.0, 0.0, 1.0, 0.0])  # the kernel reads no row of weight 0
+    return lambda: conv2d_retain_gradient(
+        torch.ones(2, 60, R), torch.ones(60, R).bfloat16(), torch.ones(4, 1, R, 5, 3).bfloat16(), torch.ones(1, R, R),
+        weight, config=Config(16, 0, 0, warps=2, stages=1),
+    )  # fmt: skip
+
+
 ALL_CASES = {
     "no loss": lambda: linear_forward_case(),
     "target inside": lambda: linear_forward_case(columns=2),
@@ -220,6 +243,8 @@ ALL_CASES = {
     "row error": row_error_case,
     "down": lambda: lora_down_case(M, K, R),
     "dA": lora_a_gradient_case,
+    "convolution, gradient": conv2d_gradient_case,
+    "convolution, retain gradient": conv2d_retain_gradient_case,
 }
 
 
@@ -234,7 +259,9 @@ def test_the_declared_bytes_are_those_the_interpreter_sees(sheet, name):
     assert counted.total.requested >= counted.total.distinct
 
 
-@pytest.mark.parametrize("name", ["target inside", "teacher", "gradient, residual", "dx, residual"])
+@pytest.mark.parametrize(
+    "name", ["target inside", "teacher", "gradient, residual", "dx, residual", "convolution, gradient"]
+)
 def test_the_counters_savings_change_no_count(sheet, name):
     call = ALL_CASES[name]()
     assert sheet.counting.count(call, values=True) == sheet.counting.count(call)
