@@ -4,10 +4,11 @@ A load or store of a tile counts its active mask lanes times the element's size:
 before any cache. Beside it stands how many different bytes those were, which is what a cache of infinite size would
 leave: the compulsory traffic, and the check on what `traffic.py` declares.
 
-Counting needs masks and addresses, not values. So products return their accumulator, tiles of floating-point tensors
-read as zeros, and conversions between them are skipped; integers and flags (group codes, labels) and fp32 vectors (the
-weight of each sample: a row of weight 0 is not read) are read for what they are, because masks come from them. Every program of the grid runs, at the layer's real size. A test counts a small
-launch with and without these savings and finds the same bytes.
+Counting needs masks and addresses, not values. So products return their accumulator, tiles of floating-point
+tensors read as zeros, and conversions between them are skipped; integers and flags (group codes, labels) and fp32
+vectors (the weight of each sample: a row of weight 0 is not read) are read for what they are, because masks come
+from them. Every program of the grid runs, at the layer's real size. A test counts a small launch with and without
+these savings and finds the same bytes.
 
 This module only works in a process that was started with `TRITON_INTERPRET=1`.
 """
