@@ -3,13 +3,15 @@
 The loop of :mod:`rfa_fast.methods.unlearn` owns data, optimizer, checkpoints and the record; a
 method owns the loss and the tensors that training changes. Seeing no more of each other than this
 page is what keeps a method one short file, at the price that a method cannot bring an optimizer of
-its own.
+its own. Most methods are a loss and nothing else; the few that need more of a run (a look at what is to
+be forgotten, phases, a choice among epochs) find the places for it at the end of :class:`Method`, where
+every default does nothing.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeAlias
@@ -45,8 +47,10 @@ class Method(ABC):
 
     name: ClassVar[str]
     reads_forget_labels: ClassVar[bool] = True
+    trains: ClassVar[str] = "weights"
+    """What a step changes, in the words of a message."""
     handle: object | None = None
-    """What the caller may keep working with when nothing was merged; for RFA the `RFA`."""
+    """What the caller may keep working with when nothing was merged; for RFA the `RFA`, else the method itself."""
 
     @classmethod
     @abstractmethod
@@ -103,6 +107,26 @@ class Method(ABC):
     @abstractmethod
     def remove(self) -> None:
         """Make the model what it was before, bit for bit."""
+
+    @classmethod
+    def passes(cls, options: Mapping[str, Any], epochs: int) -> int:
+        """Passes over the data that a run of `epochs` takes; each is an epoch to the loop."""
+        return epochs
+
+    def prepare(self, forget: Iterator[Batch]) -> None:  # noqa: B027
+        """Before the first step of a run, and not when one is resumed: `forget` is all there is to forget, once."""
+
+    def begin_epoch(self, epoch: int, epochs: int) -> None:  # noqa: B027
+        """Before the steps of an epoch (from 0), and again where a run is resumed: depend on the arguments alone."""
+
+    def end_step(self) -> None:  # noqa: B027
+        """After the optimizer has changed the parameters."""
+
+    def end_epoch(self, forget: Iterator[Batch], *, last: bool) -> None:  # noqa: B027
+        """After the last step of an epoch, or (`last`) of the run, be it within an epoch.
+
+        A run that is resumed between two epochs calls it once more, in the same state.
+        """
 
 
 class UnlearnInterrupted(KeyboardInterrupt):

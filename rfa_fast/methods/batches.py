@@ -24,10 +24,11 @@ from rfa_fast.data.collate import IGNORED_LABEL, collate, collate_mixed, collate
 from rfa_fast.data.datasets import MixedDataset, ids_of, size_of
 from rfa_fast.data.sampler import ForgetRetainBatchSampler, PerBatch
 from rfa_fast.methods.base import Batch
+from rfa_fast.methods.forget_pass import ForgetPass
+from rfa_fast.methods.parts import Parts, parts
 from rfa_fast.methods.seeding import derive_seed, seed_generators
 
 Collate = Callable[[list[Any]], Any]
-Parts = tuple[Tensor | dict[str, Tensor], Tensor]
 IMAGE_BATCH, TEXT_BATCH = 128, 32
 
 
@@ -47,12 +48,14 @@ class BatchSource(ABC):
         retain_ids: of those to keep, `None` when they cannot be counted.
         steps_per_epoch: `None` when it cannot be known.
         settings: what the order depends on, JSON-safe.
+        forget_pass: what is to be forgotten, once and in its own order, whatever the order of the batches.
     """
 
     forget_ids: list[str]
     retain_ids: list[str] | None
     steps_per_epoch: int | None
     settings: dict[str, Any]
+    forget_pass: ForgetPass
 
     @abstractmethod
     def batches(
@@ -101,6 +104,7 @@ class DatasetSource(BatchSource):
             padded = isinstance(self._first, Mapping) and {"input_ids", "attention_mask"} <= set(self._first)
             collate_fn = partial(collate_text, pad_token_id=pad_token_id) if padded else collate
         self._collate, self._seed, self._device = collate_fn, seed, device
+        self.forget_pass = ForgetPass(forget, collate_fn, size, seed, device)
         self._sampler = ForgetRetainBatchSampler(
             len(self.forget_ids), len(self.retain_ids), size, forget_per_batch=forget_per_batch, seed=seed
         )
@@ -152,6 +156,7 @@ class LoaderSource(BatchSource):
         self.steps_per_epoch = len(retain) if hasattr(retain.dataset, "__len__") else None
         self._forget, self._retain, self._pad = forget, retain, pad_token_id
         self._seed, self._device = seed, device
+        self.forget_pass = ForgetPass.of_loader(forget, seed, device)
         self._last: Batch | None = None
         self.settings = {"data": "loaders", "batch_size": None, "forget_per_batch": None}
 
@@ -276,24 +281,6 @@ def order_digest(ids: Sequence[str]) -> str:
         False
     """
     return hashlib.sha256("\n".join(ids).encode()).hexdigest()
-
-
-def parts(name: str, batch: Any) -> Parts:
-    """Inputs and labels of what a loader or a `collate_fn` gave.
-
-    Raises:
-        TypeError: it is neither a pair nor a dict with `labels`.
-
-    Example:
-        >>> parts("retain", {"input_ids": torch.ones(1, 2), "labels": torch.tensor([3])})
-        ({'input_ids': tensor([[1., 1.]])}, tensor([3]))
-    """
-    if isinstance(batch, Mapping) and "labels" in batch:
-        return {k: v for k, v in batch.items() if k != "labels"}, batch["labels"]
-    if isinstance(batch, tuple | list) and len(batch) == 2:
-        return batch[0], batch[1]
-    got = f"a dict with {sorted(batch)}" if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
-    raise TypeError(f"{name}: got {got} as a batch, expected (inputs, labels) or a dict with 'labels'")
 
 
 def _joined(retain: Parts, forget: Parts, pad: int) -> Batch:

@@ -203,12 +203,13 @@ def batch_labels(batch: Batch, classes: int | None, step: int, *, forget_too: bo
 
 
 def figures(evaluate: Callable[[nn.Module], Mapping[str, float]], model: nn.Module) -> dict[str, float]:
-    """What `evaluate` says of the model, whose train flags are as before afterwards.
+    """What `evaluate` says of the model in eval mode; its train flags are as before afterwards.
 
     Raises:
         TypeError: it returns something else than named numbers.
     """
     modes = [(module, module.training) for module in model.modules()]
+    model.eval()
     try:
         found = evaluate(model)
     finally:

@@ -11,7 +11,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from types import FrameType, TracebackType
@@ -34,7 +34,7 @@ _NAMED = 3  # layers named in a message
 
 @dataclass(frozen=True)
 class LoopOptions:
-    """What the loop needs to know; checked by :func:`rfa_fast.unlearn`."""
+    """What the loop needs to know; checked by :func:`rfa_fast.unlearn`. Its epochs are the method's passes."""
 
     epochs: int
     seed: int
@@ -134,16 +134,22 @@ class Loop:
             return
         options, state = self.options, self.state
         batches = self.source.batches(options.epochs, state.step, state.epoch, state.epoch_step, state.last_batch)
+        entered = state.epoch if state.step else None
+        if entered is not None:
+            self.method.begin_epoch(entered, options.epochs)
         try:
             begun = time.perf_counter()
             for drawn in batches:
+                if drawn.epoch != entered:
+                    if entered is not None:
+                        self.method.end_epoch(self._forget_pass(), last=False)
+                    self.method.begin_epoch(drawn.epoch, options.epochs)
+                    entered = drawn.epoch
                 record = self._step(drawn, begun)
                 report.step(state.step, loss=record["total"], samples=record["retain"] + record["forget"])
-                if self._satisfied():
-                    state.stopped = "until"
-                elif options.max_steps is not None and state.step >= options.max_steps:
-                    last = self.source.steps_per_epoch
-                    state.stopped = "finished" if last and state.step >= last * options.epochs else "max_steps"
+                if stopped := self._stopped():
+                    self._end()
+                    state.stopped = stopped  # not before: a state that says so is never gone on from
                 for callback in options.callbacks:
                     callback(dict(record))
                 if state.stopped is not None or stop.requested:
@@ -156,8 +162,25 @@ class Loop:
         if stop.requested:
             raise KeyboardInterrupt
         if state.stopped is None:
+            self._end()
             state.stopped = "finished"
         self.save()
+
+    def prepare(self) -> None:
+        """What the method does before its first step; its time is part of the run's."""
+        begun = time.perf_counter()
+        seed_generators(derive_seed(self.options.seed, "prepare"), self.device)
+        self.method.prepare(self._forget_pass())
+        self.state.seconds += time.perf_counter() - begun
+
+    def _end(self) -> None:
+        begun = time.perf_counter()
+        self.method.end_epoch(self._forget_pass(), last=True)
+        self.state.seconds += time.perf_counter() - begun
+
+    def _forget_pass(self) -> Iterator[Batch]:
+        """Everything that is to be forgotten, once, on the model's device; nothing is read before it is asked for."""
+        return (_to_device(batch, self.device) for batch in self.source.forget_pass)
 
     def save(self) -> None:
         """Write a checkpoint, when there is a folder to write it to.
@@ -212,6 +235,7 @@ class Loop:
             nn.utils.clip_grad_norm_(self.parameters.values(), options.max_grad_norm)
         self.whole = False
         self.optimizer.step()
+        self.method.end_step()
         self.whole = True
         forget = int(drawn.batch.forget.sum())
         state.step, state.epoch, state.epoch_step = state.step + 1, drawn.epoch, drawn.epoch_step
@@ -237,8 +261,11 @@ class Loop:
         if bad_losses:
             layers = self.method.not_finite()
             shown = ", ".join(f"{k} {values[k]}" for k in bad_losses)
-            where = _some("layer", layers) if layers else "in the task's loss alone: every layer's alignment is finite"
-            what = f"the loss is not finite ({shown}), {where}"
+            what = f"the loss is not finite ({shown})"
+            if layers:
+                what += f", {_some('layer', layers)}"
+            elif "align" in values:
+                what += ", in the task's loss alone: every layer's alignment is finite"
         else:
             what = f"the gradient is not finite, {_some('parameter', bad_gradients)}"
         tensors = batch.inputs.values() if isinstance(batch.inputs, Mapping) else [batch.inputs]
@@ -251,6 +278,16 @@ class Loop:
         self.method.load_state_tensors({**self.method.state_tensors(), **restored})
         step = self.state.step + 1
         raise NonFiniteError(f"step {step}: {what}; the optimizer has not seen it", step=step, layers=layers)
+
+    def _stopped(self) -> str | None:
+        """Why the run is over after this step, `None` when it is not."""
+        options, step = self.options, self.state.step
+        if self._satisfied():
+            return "until"
+        if options.max_steps is None or step < options.max_steps:
+            return None
+        last = self.source.steps_per_epoch
+        return "finished" if last and step >= last * options.epochs else "max_steps"
 
     def _satisfied(self) -> bool:
         options = self.options

@@ -23,8 +23,9 @@ from rfa_fast.data.collate import IGNORED_LABEL, collate, collate_text
 from rfa_fast.data.datasets import size_of
 from rfa_fast.methods import checks
 from rfa_fast.methods.base import NonFiniteError, StepRecord
-from rfa_fast.methods.batches import IMAGE_BATCH, TEXT_BATCH, Parts, parts
+from rfa_fast.methods.batches import IMAGE_BATCH, TEXT_BATCH
 from rfa_fast.methods.loop import gradient_norm
+from rfa_fast.methods.parts import Parts, parts
 from rfa_fast.methods.progress import ProgressReport
 from rfa_fast.methods.seeding import derive_seed, isolated_generators, seed_generators
 

@@ -30,6 +30,7 @@ class RFAMethod(Method):
 
     name = "rfa"
     reads_forget_labels = False  # ỹ stands in for them (eq. 3)
+    trains = "adapters"
 
     @classmethod
     def settings(cls, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -157,7 +157,8 @@ class Run:
 
     def _prepare(self, method: Method, earlier: RunState | None) -> Loop:
         """Optimizer, hash and figures of the untouched model; the state of an earlier run put back."""
-        before = hash_model(self.model)
+        with method.original():
+            before = hash_model(self.model)
         settings = {**self.settings, "layers": method.layers(), "model": before}
         if earlier is not None and self.folder is not None:
             _same_settings(self.folder, earlier.settings, settings)
@@ -172,6 +173,7 @@ class Run:
         if self.options.evaluate is not None:
             with method.original():
                 state.metrics_before = finite_or_none(self._evaluate())
+        loop.prepare()
         loop.save()
         return loop
 
@@ -235,7 +237,8 @@ class Run:
     def _keep(self, loop: Loop, *, stays: bool) -> tuple[str, Any]:
         """Save what there is, or leave it on the model: a clause that says which, and the live handle."""
         step, handle = loop.state.step, loop.method.handle
-        on_model = f"the adapters of step {step} stay on the model, as .rfa of this error; merge() or remove() them"
+        trained = f"the {loop.method.trains} of step {step}"
+        on_model = f"{trained} stay on the model, as .rfa of this error; merge() or remove() them"
         if self.folder is None:
             if stays and loop.whole:
                 return f"nothing was saved, for want of output_dir; {on_model}", handle

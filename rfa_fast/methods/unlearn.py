@@ -18,15 +18,30 @@ from torch import nn
 
 from rfa_fast.data.sampler import PerBatch
 from rfa_fast.methods import checks
+from rfa_fast.methods.badt import BadT
 from rfa_fast.methods.base import Method, StepRecord
 from rfa_fast.methods.batches import Collate, open_source, order_digest
 from rfa_fast.methods.checkpoint import RunFolder
+from rfa_fast.methods.finetune import Finetune
+from rfa_fast.methods.from_scratch import Retrain
+from rfa_fast.methods.graddiff import GradDiff
 from rfa_fast.methods.loop import LoopOptions
+from rfa_fast.methods.neggrad import NegGrad
+from rfa_fast.methods.npo import NPO
 from rfa_fast.methods.rfa import RFAMethod
+from rfa_fast.methods.rmu import RMU
 from rfa_fast.methods.run import Run, UnlearnResult, earlier_run
+from rfa_fast.methods.salun import SalUn
+from rfa_fast.methods.scrub import SCRUB
 from rfa_fast.methods.seeding import isolated_generators
+from rfa_fast.methods.simnpo import SimNPO
 
-METHODS: dict[str, type[Method]] = {RFAMethod.name: RFAMethod}
+METHODS: dict[str, type[Method]] = {
+    kind.name: kind
+    for kind in (
+        RFAMethod, Retrain, NegGrad, Finetune, BadT, SCRUB, SalUn, GradDiff, NPO, SimNPO, RMU,
+    )
+}  # fmt: skip
 """The methods that `unlearn(method=…)` knows."""
 
 Evaluate = Callable[[nn.Module], Mapping[str, float]]
@@ -73,8 +88,10 @@ def unlearn(
             attribute `ids`, else from the indices of a `Subset`, else they are positions.
         retain: the samples to keep, of the same kind as `forget`. Of two loaders each step takes a batch
             of both; the epoch ends with the retain loader.
-        method: one of :data:`METHODS`.
-        epochs: passes over `retain`.
+        method: one of :data:`METHODS`: `"rfa"` trains adapters; `"retrain"`, `"neggrad"`, `"finetune"`, `"badt"`,
+            `"scrub"`, `"salun"`, and for language models `"graddiff"`, `"npo"`, `"simnpo"` and `"rmu"`, the weights
+            themselves.
+        epochs: passes over `retain` (`"scrub"` makes another over `forget` before the first).
         batch_size: samples per batch, retained and forget together; 128, for text 32.
         lr, weight_decay: of AdamW.
         seed: of adapters, order, augmentation and dropout. Two runs with one seed end bit-equal on a
@@ -95,8 +112,10 @@ def unlearn(
         autocast: `torch.bfloat16` computes in it where autocast does.
         device: move the model there first.
         merge: fold the result into the weights; a dtype casts the model to it first, because rounding into
-            bf16 can undo the forgetting. `False`: the adapters stay live in `result.rfa`.
-        **options: of the method; for RFA those of :func:`rfa_fast.patch`, with `targets="all"`.
+            bf16 can undo the forgetting. `False`: the adapters stay live in `result.rfa` (which for a method
+            without adapters is its :class:`Method`, whose `remove()` puts the weights back).
+        **options: of the method; for RFA those of :func:`rfa_fast.patch`, with `targets="all"`; for the others
+            `METHODS[method].settings({})` shows them with their defaults.
 
     Returns:
         The model, the history and the deletion record.
@@ -142,7 +161,9 @@ def unlearn(
             forget, retain, batch_size=batch_size, forget_per_batch=forget_per_batch, collate_fn=collate_fn,
             pad_token_id=checks.pad_token_id(model), seed=seed, device=place,
         )  # fmt: skip
-        every = until_every or max(1, (source.steps_per_epoch or 500) * epochs // 10)
+        method_settings = kind.settings(options)
+        passes = kind.passes(method_settings, epochs)
+        every = until_every or max(1, (source.steps_per_epoch or 500) * passes // 10)
         given = {**numbers, **source.settings, "forget_count": len(source.forget_ids)}
         given |= {"lr": lr, "weight_decay": weight_decay, "seed": seed}
         given |= {
@@ -152,7 +173,7 @@ def unlearn(
         }
         given |= {"until_every": every if until else None, "forget_ids": order_digest(source.forget_ids)}
         given["retain_ids"] = None if source.retain_ids is None else order_digest(source.retain_ids)
-        settings = json.loads(json.dumps({"method": method, **given, "options": kind.settings(options)}))
+        settings = json.loads(json.dumps({"method": method, **given, "options": method_settings}))
         folder = None if output_dir is None else RunFolder(output_dir)
         earlier = None if folder is None else earlier_run(folder, settings, resume=resume)
         classes = checks.class_count(model, source.example())
@@ -160,7 +181,7 @@ def unlearn(
         if device is not None:
             model.to(place)
         loop_options = LoopOptions(
-            epochs=epochs, seed=seed, max_steps=max_steps, max_grad_norm=max_grad_norm, autocast=autocast,
+            epochs=passes, seed=seed, max_steps=max_steps, max_grad_norm=max_grad_norm, autocast=autocast,
             checkpoint_every=checkpoint_every, until=until, until_every=every,
             evaluate=None if evaluate is None else lambda: checks.figures(evaluate, model), callbacks=calls,
             classes=classes,
