@@ -190,7 +190,7 @@ def load_data(name: str, options: Sequence[str], *, pad_to: int | None, channels
         key, separator, value = option.partition("=")
         if not separator or not key:
             raise ValueError(f"--data-option: got {option!r}, expected KEY=VALUE")
-        given[key] = _json_or_text(value)
+        given[key] = json_or_text(value)
     return load(name, **given)
 
 
@@ -314,7 +314,13 @@ def _existing(path: Path | None, option: str) -> Path:
     return path
 
 
-def _json_or_text(value: str) -> Any:
+def json_or_text(value: str) -> Any:
+    """What stands behind the = of a KEY=VALUE: JSON, or the text itself.
+
+    Example:
+        >>> json_or_text("0.5"), json_or_text("deep")
+        (0.5, 'deep')
+    """
     try:
         return json.loads(value)
     except json.JSONDecodeError:

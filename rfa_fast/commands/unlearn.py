@@ -18,15 +18,17 @@ from torch import nn
 from rfa_fast.commands import options
 from rfa_fast.commands.inputs import ForgetRequest, ModelRequest, Prepared, load_data, prepare, settings_of
 from rfa_fast.commands.measure import REPORT_JSON, REPORT_PAGE, Measured, Measuring, finish, scenario
+from rfa_fast.commands.method import METHOD_NAMES, method_options
 from rfa_fast.commands.shell import command_line, reported, results, say
 from rfa_fast.experiments.comparison import machine
-from rfa_fast.methods import NonFiniteError, UnlearnInterrupted, UnlearnResult, hash_model
+from rfa_fast.methods import METHODS, NonFiniteError, UnlearnInterrupted, UnlearnResult, hash_model
 from rfa_fast.methods import unlearn as run_unlearn
 from rfa_fast.methods.checkpoint import ADAPTER_FOLDER, RunFolder
 from rfa_fast.methods.record import RECORD_FILE
 from rfa_fast.metrics import feature_distance
 from rfa_fast.models import save_model
 from rfa_fast.report import RunReport
+from rfa_fast.targets import select
 
 MODEL_FOLDER, SPLIT_FILE = "model", "split.json"
 _DISTANCE_SAMPLES = 512
@@ -51,12 +53,22 @@ def unlearn(
     forget_keyword: options.ForgetKeyword = None,
     forget_ids: options.ForgetIds = None,
     split: options.SplitFile = None,
+    method: Annotated[
+        str, typer.Option(metavar="NAME", help=f"One of {METHOD_NAMES}.", rich_help_panel=_METHOD)
+    ] = "rfa",
+    method_option: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="An option of the method, such as retain_share=1 or beta=0.5; an "
+                     "unknown one is answered with the list. Repeatable.", rich_help_panel=_METHOD, show_default=False),
+    ] = None,
     targets: Annotated[
         list[str] | None,
-        typer.Option(metavar="WHICH", help="Layers to adapt: all, deep, middle, shallow, a regex, or, repeated, names.",
-                     rich_help_panel=_METHOD, show_default="all"),
+        typer.Option(metavar="WHICH", help="Layers to adapt or train: all, deep, middle, shallow, a regex, or, "
+                     "repeated, names.", rich_help_panel=_METHOD, show_default="rfa: all; others: the whole model"),
     ] = None,
-    rank: Annotated[int, typer.Option(help="Rank r of the adapters.", rich_help_panel=_METHOD)] = 8,
+    rank: Annotated[
+        int, typer.Option(help="Rank r of the adapters (this and the rest: rfa alone).", rich_help_panel=_METHOD)
+    ] = 8,
     alpha: Annotated[float, typer.Option(help="Scale of the adapters is alpha / rank.", rich_help_panel=_METHOD)] = 32,
     mode: Annotated[
         str, typer.Option(metavar="residual|teacher", help="Align each layer's own residual, or with the original "
@@ -125,7 +137,8 @@ def unlearn(
         bool, typer.Option("--resume", help="Go on with the run in --output.", rich_help_panel=_OUTPUT)
     ] = False,
     keep_adapter: Annotated[
-        bool, typer.Option("--keep-adapter", help="Write the adapter alone, no merged model.", rich_help_panel=_OUTPUT)
+        bool, typer.Option("--keep-adapter", help="Write rfa's adapter alone, no merged model.",
+                           rich_help_panel=_OUTPUT)
     ] = False,
     progress: options.Progress = True,
     debug: options.Debug = False,
@@ -151,14 +164,21 @@ def unlearn(
 
     rfa-fast unlearn my_project.nets:build --weights net.safetensors \\
         --data images.npz --forget-ids requests.txt
+
+    rfa-fast unlearn ./my-llm --data trivia --forget-class nasa \\
+        --method npo --method-option beta=0.5 --lr 1e-5
     """
     with reported(context, debug=debug, output=output):
         forget = ForgetRequest(forget_class, forget_samples, forget_keyword, forget_ids, split, seed)
         forget.check()
+        adapting = {
+            "rank": rank, "alpha": alpha, "mode": mode, "norm": norm, "gamma": gamma, "weights": _weights(loss_weights),
+            "adapter": adapter, "rslora": rslora, "backend": backend,
+        }  # fmt: skip
+        placed = _targets(targets) if targets else None
         settings: dict[str, Any] = {
-            "targets": _targets(targets), "rank": rank, "alpha": alpha, "mode": mode, "norm": norm, "gamma": gamma,
-            "weights": _weights(loss_weights), "adapter": adapter, "rslora": rslora, "backend": backend, "lr": lr,
-            "weight_decay": weight_decay, "epochs": epochs, "batch_size": batch_size, "max_steps": max_steps,
+            "method": method, **method_options(context, method, method_option or [], placed, adapting),
+            "lr": lr, "weight_decay": weight_decay, "epochs": epochs, "batch_size": batch_size, "max_steps": max_steps,
             "forget_per_batch": _per_batch(forget_per_batch), "max_grad_norm": max_grad_norm,
             "autocast": _autocast(autocast), "seed": seed,
         }  # fmt: skip
@@ -221,7 +241,7 @@ def _report(
     rows["After"] = (measured[-1], float(training["seconds"]))
     shown = scenario(
         prepared, rows, before="Before", after="After",
-        notes=[f"Steps: {training['steps']}; adapted layers: {len(result.record['layers'])}.", *notes],
+        notes=[f"Steps: {training['steps']}; {_changed(result)} layers: {len(result.record['layers'])}.", *notes],
         settings={**settings_of(prepared), "model": model, "method": dict(settings)},
         losses=[{k: v for k, v in step.items() if isinstance(v, int | float)} for step in result.history],
         feature_distance=moved,
@@ -234,13 +254,22 @@ def _report(
 def _distances(
     request: ModelRequest, result: UnlearnResult, prepared: Prepared, measure: Measuring, notes: list[str]
 ) -> dict[str, dict[str, float]]:
-    """How far the features of the adapted layers are from those of the original, which is opened once more."""
+    """How far the features of the changed layers are from those of the original, which is opened once more.
+
+    A method that trains every weight changes norms and embeddings too; its features are those that RFA would align.
+    """
     original = request.open(len(prepared.data.classes)).model
     if hash_model(original) != result.record["model"]["before"]:
         notes.append("Opened again, the model has other weights: distances to the original could not be measured")
         return {}
     known = dict(original.named_modules())
     layers = [name for name in result.record["layers"] if name in known]
+    if result.record["method"] != "rfa":
+        adaptable = {target.name for target in select(original, "all").adapted}
+        layers = [name for name in layers if name in adaptable]
+    if not layers:
+        notes.append("No layer with features to compare was changed")
+        return {}
     few = min(_DISTANCE_SAMPLES, measure.limit or _DISTANCE_SAMPLES)
     loaders = prepared.loaders(measure.batch_size, few, ("D_r", "D_f"))
     return {name: feature_distance(result.model, original, loader, layers) for name, loader in loaders.items()}
@@ -257,6 +286,10 @@ def _refuse_other_run(output: Path, *, resume: bool) -> None:
             f"--output: {output} already holds a run (found {', '.join(there)}); expected an empty or new folder. Say "
             "--resume to go on with an unlearning run, or name another folder"
         )
+
+
+def _changed(result: UnlearnResult) -> str:
+    return "adapted" if METHODS[result.record["method"]].trains == "adapters" else "trained"
 
 
 def _targets(targets: list[str] | None) -> str | list[str]:
