@@ -3,7 +3,7 @@
 What deployment does to a model after it has forgotten: weights go to 8 or 4 bits, and a change smaller
 than half a step of the grid is gone. The question here is what such a model predicts, not how fast, so
 each weight is replaced by its dequantised self in its own dtype. That works for every layer and on
-every machine; int4 kernels would need a GPU and know no convolution::
+every machine; int4 kernels know linears only, and no machine has them all::
 
     s = max|w| / (2^(bits−1) − 1)        w' = s · round(w / s)
 
