@@ -302,3 +302,25 @@ def test_stratified_split_takes_the_same_share_of_each_class(sizes: list[int], f
 def test_stratified_split_of_a_class_with_one_sample() -> None:
     with pytest.raises(ValueError, match="got one sample of class 2"):
         stratified_split([0, 0, 2], 0.5)
+
+
+def test_subsets_have_the_papers_names() -> None:
+    data = ImageDataset(torch.zeros(4, 1, 1, 1), [0, 1, 1, 0], ("a", "b"))
+    by_class = split_by_class(data.labels, data.labels, 1).named(data, data)
+    assert {name: list(part.indices) for name, part in by_class.items()} == {
+        "D_r": [0, 3], "D_f": [1, 2], "D_rt": [0, 3], "D_ft": [1, 2]
+    }  # fmt: skip
+    by_sample = split_by_sample(4, 4, count=1).named(data, data)
+    assert list(by_sample) == ["D_r", "D_f", "D_t"]
+    assert list(by_sample["D_t"].indices) == [0, 1, 2, 3]
+
+
+def test_methods_that_share_a_file_share_the_split(tmp_path) -> None:
+    split = split_by_sample(10, 5, count=2, seed=0)
+    file = tmp_path / "run" / "splits" / "sample.json"
+    for _ in range(2):
+        split.save(file)
+    assert Split.load(file) == split
+    with pytest.raises(FileExistsError, match="holds another split"):
+        split_by_sample(10, 5, count=2, seed=1).save(file)
+    assert Split.load(file).digest() == split.digest()

@@ -227,11 +227,8 @@ def prepare(
         if tokens.truncated:
             name = "training" if part is data.train else "test"
             notes.append(f"{tokens.truncated} of {len(tokens)} {name} texts cut to {max_length} tokens")
-    parts = split.apply(shown[0], shown[1])
-    last = "D_rt" if "forget_test" in parts else "D_t"
-    names = {"retain": "D_r", "forget": "D_f", "retain_test": last, "forget_test": "D_ft"}
     language = text and opened.task == "language"
-    return Prepared(data, split, {names[key]: part for key, part in parts.items()}, language, text, notes)
+    return Prepared(data, split, split.named(shown[0], shown[1]), language, text, notes)
 
 
 def _tokens(part: Any, opened: OpenedModel, max_length: int) -> TokenDataset:

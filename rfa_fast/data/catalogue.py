@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rfa_fast.data import folders, images, records, texts
+from rfa_fast.data import cifar, eli5, folders, images, imdb, npz, records, texts, wmdp
 from rfa_fast.data.bundle import DataBundle
 from rfa_fast.data.sources import Source
 
@@ -57,13 +57,25 @@ _ENTRIES = {
     "fashion-mnist": _Entry(
         "image", "70,000 articles of clothing, 28 × 28, 10 classes", images.load_fashion_mnist, images.FASHION_MNIST
     ),
+    "cifar-10": _Entry("image", "60,000 photographs, 3 × 32 × 32, 10 classes", cifar.load_cifar_10, cifar.CIFAR_10),
     "mnist-5k": _Entry("image", "5,000 handwritten digits, 28 × 28, 10 classes", images.load_mnist_5k, images.MNIST_5K),
     "bbc-news": _Entry("text", "2,113 news articles in 5 topics", texts.load_bbc_news, texts.BBC_NEWS),
+    "imdb": _Entry("text", "50,000 film reviews, positive or negative", imdb.load_imdb, imdb.IMDB),
+    "eli5-category": _Entry(
+        "text",
+        "105,004 questions with answers, 10,000 of them in 10 topics",
+        eli5.load_eli5_category,
+        eli5.ELI5_CATEGORY,
+    ),
+    "wmdp": _Entry("text", "3,668 multiple-choice questions in 3 topics", wmdp.load_wmdp, wmdp.WMDP),
+    "wmdp-corpora": _Entry(
+        "text", "texts that WMDP is unlearnt with, to forget and to keep", wmdp.load_wmdp_corpora, wmdp.WMDP_CORPORA
+    ),
     "trivia": _Entry("text", "11,186 questions with answers in 27 topics", texts.load_trivia, texts.TRIVIA),
     "wordnet": _Entry("text", "117,659 glosses in 45 topics", texts.load_wordnet, texts.WORDNET),
 }
 _SUFFIXES: dict[str, Callable[..., DataBundle]] = {
-    ".npz": images.load_npz,
+    ".npz": npz.load_npz,
     ".jsonl": records.load_records,
     ".csv": records.load_records,
 }
@@ -113,8 +125,8 @@ def available() -> list[DataInfo]:
     """The data sets that :func:`load` knows by name, and whether they are on this machine.
 
     Example:
-        >>> [info.name for info in available()]
-        ['digits', 'fashion-mnist', 'mnist-5k', 'bbc-news', 'trivia', 'wordnet']
+        >>> [info.name for info in available() if info.kind == "image"]
+        ['digits', 'fashion-mnist', 'cifar-10', 'mnist-5k']
     """
     infos: list[DataInfo] = []
     for name, entry in _ENTRIES.items():

@@ -233,6 +233,31 @@ class MixedDataset(Dataset[tuple[Any, bool]]):
         return _joined_ids([self.retain, self.forget])
 
 
+class Repeated(Subset[Any]):
+    """A dataset gone through several times over: D_f five times, as in section V-B2, where it is small.
+
+    A `Subset`, so that labels, texts and names are found through it as through any other view; a sample has one
+    name however often it comes, and a deletion record counts it once.
+
+    Args:
+        dataset: with a length.
+        times: how often each sample comes, lap after lap.
+
+    Raises:
+        TypeError: a dataset without a length, or `times` no integer.
+        ValueError: `times` below 1.
+
+    Example:
+        >>> data = Repeated(["a", "b"], times=2)
+        >>> list(data), ids_of(data)
+        (['a', 'b', 'a', 'b'], ['0', '1', '0', '1'])
+    """
+
+    def __init__(self, dataset: Dataset[Any] | Sequence[Any], times: int) -> None:
+        self.times = integer("times", times, 1)
+        super().__init__(dataset, list(range(size_of(dataset))) * self.times)  # type: ignore[arg-type]
+
+
 def ids_of(dataset: Any) -> list[str]:
     """The names of a dataset's samples, as the deletion record hashes them.
 

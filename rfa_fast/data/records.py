@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from rfa_fast.data.bundle import DataBundle
 from rfa_fast.data.datasets import TextDataset
 from rfa_fast.data.sources import read_text
 from rfa_fast.data.splits import stratified_split
+from rfa_fast.data.tables import json_lines
 
 # A .csv knows texts only.
 INTEGER = re.compile(r"[+-]?[0-9]+")
@@ -129,16 +129,7 @@ def read_records(path: Path, text: str = "text", label: str = "label", *, mixed:
 
 def _jsonl(path: Path, content: str, text: str, label: str) -> list[Record]:
     records: list[Record] = []
-    # Not splitlines(): a JSON string may hold U+2028, which is no end of line here.
-    for number, line in enumerate(content.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            values = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: got {error}, expected a JSON object") from error
-        if not isinstance(values, dict):
-            raise ValueError(f"{path}, line {number}: got {type(values).__name__}, expected a JSON object")
+    for number, values in json_lines(path, content):
         for name in (text, label):
             if name not in values:
                 raise ValueError(f"{path}, line {number}: got fields {', '.join(values)}, expected {name!r} among them")

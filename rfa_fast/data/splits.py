@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -27,6 +26,7 @@ Item = TypeVar("Item")
 
 FORMAT = "rfa-fast split 1"
 SUBSETS = ("retain", "forget", "retain_test", "forget_test")
+PAPER_NAMES = {"retain": "D_r", "forget": "D_f", "retain_test": "D_rt", "forget_test": "D_ft"}
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,26 @@ class Split:
                 subsets[name] = Subset(dataset, indices)
         return subsets
 
+    def named(self, train: Dataset[Item], test: Dataset[Item]) -> dict[str, Subset[Item]]:
+        """What :meth:`apply` gives, by the paper's names: D_r, D_f, D_rt and D_ft, or D_t for the whole test set.
+
+        Raises:
+            ValueError: as :meth:`apply`.
+
+        Example:
+            >>> from rfa_fast.data import TextDataset
+            >>> texts = TextDataset(["a", "b", "c"], [0, 1, 1], classes=("x", "y"))
+            >>> list(split_by_sample(3, 3, count=1).named(texts, texts))
+            ['D_r', 'D_f', 'D_t']
+        """
+        names = PAPER_NAMES if self.forget_test else {**PAPER_NAMES, "retain_test": "D_t"}
+        return {names[name]: subset for name, subset in self.apply(train, test).items()}
+
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-        """Write the split as JSON; the file appears whole or not at all.
+        """Write the split as JSON; the file appears whole or not at all, with its folder.
+
+        Methods that share a split share its file: each saves the one it works on, the first writes it, and
+        a later one with another split is stopped.
 
         Raises:
             FileExistsError: the file holds another split (the same one is left as it is).
@@ -128,6 +146,7 @@ class Split:
         content = json.dumps({"format": FORMAT, "digest": self.digest(), **asdict(self)}, indent=1) + "\n"
         if path.exists() and not overwrite and path.read_bytes() != content.encode():
             raise FileExistsError(f"{path} holds another split; choose another file or say overwrite=True")
+        path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")
         partial.write_text(content, encoding="utf-8")
         os.replace(partial, path)
@@ -185,7 +204,7 @@ def split_by_class(
     train, test = _labels("train_labels", train_labels), _labels("test_labels", test_labels)
     index = _class_index(target, classes, known=sorted(set(train)))
     name = classes[index] if classes is not None else str(index)
-    return _split("class", name, [label == index for label in train], [label == index for label in test])
+    return split_where("class", name, [label == index for label in train], [label == index for label in test])
 
 
 def split_by_sample(n_train: int, n_test: int, count: int, seed: int = 0) -> Split:
@@ -208,34 +227,6 @@ def split_by_sample(n_train: int, n_test: int, count: int, seed: int = 0) -> Spl
     order = permutation(n_train, seed, "sample")
     forget = tuple(sorted(order[:count]))
     return Split("sample", str(count), tuple(sorted(order[count:])), forget, tuple(range(n_test)), (), seed)
-
-
-def split_by_keyword(train_texts: Sequence[str], test_texts: Sequence[str], keyword: str) -> Split:
-    """Forget every text with a keyword (the paper's target for data whose classes do not fit, section V-A4).
-
-    The keyword counts as a whole word, in either case; white space in it stands for any white space.
-
-    Raises:
-        ValueError: no text has it (the message says how many have it inside another word), or all have.
-
-    Example:
-        >>> split_by_keyword(["A Horror film", "horrors", "fun"], ["horror", "fine"], "horror").forget
-        (0,)
-    """
-    words = keyword.split() if isinstance(keyword, str) else []
-    if not words:
-        raise ValueError(f"keyword: got {keyword!r}, expected a word or several")
-    inner = r"\s+".join(map(re.escape, words))
-    pattern = re.compile(rf"(?<!\w){inner}(?!\w)", re.IGNORECASE)
-    hits = [[bool(pattern.search(text)) for text in texts] for texts in (train_texts, test_texts)]
-    for name, texts, hit in (("training", train_texts, hits[0]), ("test", test_texts, hits[1])):
-        if not any(hit):
-            inside = sum(bool(re.search(inner, text, re.IGNORECASE)) for text in texts)
-            raise ValueError(
-                f"keyword: got {keyword!r}, which none of the {len(texts)} {name} texts has as a whole word "
-                f"({inside} have it inside another word); expected one that the training and the test texts have"
-            )
-    return _split("keyword", keyword, *hits)
 
 
 def validation_split(
@@ -302,8 +293,16 @@ def stratified_split(
     return tuple(sorted(train)), tuple(sorted(test))
 
 
-def _split(scenario: Scenario, target: str, train: Sequence[bool], test: Sequence[bool]) -> Split:
-    """The split that forgets where the flags are true."""
+def split_where(scenario: Scenario, target: str, train: Sequence[bool], test: Sequence[bool]) -> Split:
+    """The split that forgets where the flags, one per sample, are true.
+
+    Raises:
+        ValueError: a subset would be empty.
+
+    Example:
+        >>> split_where("keyword", "film", [True, False], [False, True]).forget_test
+        (1,)
+    """
     kept, forgotten = (
         [tuple(i for i, hit in enumerate(f) if hit is on) for f in (train, test)] for on in (False, True)
     )

@@ -134,7 +134,7 @@ def load_trivia(
     if not files:
         raise FileNotFoundError(TRIVIA.missing(f"{folder}/*.yaml"))
     if topics is not None:
-        _known("topics", topics, files)
+        known_names("topics", topics, files)
     if per_topic is not None:
         integer("per_topic", per_topic, 2)
     lists: dict[str, dict[str, list[str]]] = {}
@@ -199,7 +199,7 @@ def load_wordnet(
     """
     folder = WORDNET.require(root)
     if topics is not None:
-        _known("topics", topics, LEXNAMES)
+        known_names("topics", topics, LEXNAMES)
     if per_topic is not None:
         integer("per_topic", per_topic, 2)
     classes = tuple(LEXNAMES if topics is None else topics)
@@ -296,7 +296,19 @@ def _article(file: Path) -> str:
     return text.strip()
 
 
-def _known(name: str, asked: Sequence[str], known: Iterable[str]) -> None:
+def known_names(name: str, asked: Sequence[str], known: Iterable[str]) -> None:
+    """Check that every name asked for is known, and asked for once.
+
+    Raises:
+        ValueError: a single text in place of a list, no name, one that is unknown (the message lists the known)
+            or given twice.
+
+    Example:
+        >>> known_names("topics", ["bio"], ["chem", "cyber"])
+        Traceback (most recent call last):
+        ...
+        ValueError: topics: got 'bio', expected some of chem, cyber
+    """
     if isinstance(asked, str) or not asked:
         raise ValueError(f"{name}: got {asked!r}, expected a list of names")
     names = list(known)

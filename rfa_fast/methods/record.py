@@ -41,13 +41,13 @@ def hash_id(sample_id: str | int) -> str:
 
 
 def hash_ids(ids: Iterable[str | int]) -> tuple[list[str], str]:
-    """The sorted hashes of `ids`, and one digest over that list; the order of `ids` plays no part.
+    """The sorted hashes of `ids`, and one digest over that list; neither order nor repetition plays a part.
 
     Example:
         >>> hash_ids([1, 2]) == hash_ids(["2", "1"])
         True
     """
-    hashes = sorted(hash_id(i) for i in ids)
+    hashes = sorted({hash_id(i) for i in ids})
     return hashes, _digest_of(hashes)
 
 
