@@ -1,9 +1,9 @@
 """A model from a word on the command line, and a model back to disk.
 
-Three kinds of words: a folder that transformers wrote, `torchvision:NAME`, or `package.module:factory`
-for everything else. Weights come from safetensors alone, because a pickle runs code when it is read,
-and from this machine alone, because a name that silently turns into a download is a name that silently
-turns into another model. The cost is one conversion for who still has a .bin or .pt file.
+Three kinds of words: a folder that transformers wrote (or a name on the Hugging Face hub that was fetched
+before), `torchvision:NAME`, or `package.module:factory` for everything else. Weights come from files that
+cannot run code (:mod:`rfa_fast.weights`), and from this machine alone, because a name that silently turns
+into a download is a name that silently turns into another model.
 
 Weights that do not fill the model are an error here, where transformers would draw the missing ones at
 random and go on: unlearning from a random head looks like success.
@@ -28,6 +28,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from rfa_fast.hub import fetch_command, hub_folder
+from rfa_fast.weights import PICKLES, READ, fill, one_line, read_state, require_safetensors, some
+from rfa_fast.weights import check_weights_file as check_weights_file
+
 Task = Literal["text", "image", "language", "unknown"]
 
 WEIGHTS_FILE = "model.safetensors"
@@ -42,7 +46,6 @@ _AUTO = {
     "image": "AutoModelForImageClassification",
     "language": "AutoModelForCausalLM",
 }
-_PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 _FORMS = "a folder with config.json and safetensors weights (transformers), torchvision:NAME, or package.module:factory"
 _DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -81,10 +84,11 @@ def open_model(
     """The model that a name stands for, with its weights.
 
     Args:
-        name: a transformers folder; `torchvision:resnet18` or any other classification model of
-            torchvision; or `package.module:factory`, a callable without arguments that returns a
-            module, looked for in the current folder too.
-        weights: a .safetensors file with the whole state dict, for the last two kinds.
+        name: a transformers folder, or the name of one in the hub's local cache (`"distilbert/…"`);
+            `torchvision:resnet18` or any other classification model of torchvision; or
+            `package.module:factory`, a callable without arguments that returns a module, looked for in
+            the current folder too.
+        weights: a .safetensors or .pth file with the whole state dict, for the last two kinds.
         classes: number of outputs of a torchvision model (its own default when not given).
         tokenizer: folder of the tokenizer; by default the model's own folder.
         dtype: `"auto"` (as the weights are stored), `"float32"`, `"bfloat16"` or `"float16"`.
@@ -104,23 +108,25 @@ def open_model(
     if dtype not in _DTYPES:
         raise ValueError(f"dtype: got {dtype!r}, expected one of {', '.join(_DTYPES)}")
     if weights is not None:
-        weights = check_weights_file(weights)
+        weights = check_weights_file(weights, READ)
     labels: tuple[str, ...] = ()
     source: Literal["transformers", "torchvision", "factory"]
     if text.startswith("torchvision:"):
         source, model = "torchvision", _from_torchvision(text.partition(":")[2], classes)
-    elif Path(text).is_dir():
+    elif (folder := Path(text) if Path(text).is_dir() else hub_folder(text)) is not None:
         if weights is not None:
-            raise ValueError(f"weights: got {weights} beside the folder {text}, expected none: the folder has its own")
-        source, model = "transformers", _from_folder(Path(text), dtype, trust_remote_code=trust_remote_code)
+            raise ValueError(
+                f"weights: got {weights} beside the folder {folder}, expected none: the folder has its own"
+            )
+        source, model = "transformers", _from_folder(folder, dtype, trust_remote_code=trust_remote_code)
         labels = _own_labels(model)
-        tokenizer = _tokenizer_folder(Path(text)) if tokenizer is None else tokenizer
+        tokenizer = _tokenizer_folder(folder) if tokenizer is None else tokenizer
     elif re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", text) and not Path(text).exists():
         source, model = "factory", _from_factory(text)
     else:
         raise _no_model(text)
     if weights is not None:
-        _fill(model, weights)
+        fill(model, read_state(weights), str(weights))
     wanted = _DTYPES[dtype]
     if wanted is not None:
         model.to(wanted)
@@ -143,7 +149,7 @@ def open_tokenizer(folder: str | os.PathLike[str], *, trust_remote_code: bool = 
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"tokenizer: {os.fspath(folder)} has none that can be read ({_line(error)})") from error
+        raise ValueError(f"tokenizer: {os.fspath(folder)} has none that can be read ({one_line(error)})") from error
 
 
 def save_model(model: nn.Module, folder: str | os.PathLike[str], tokenizer: Any = None) -> Path:
@@ -185,26 +191,6 @@ def save_model(model: nn.Module, folder: str | os.PathLike[str], tokenizer: Any 
     return target
 
 
-def check_weights_file(path: str | os.PathLike[str]) -> Path:
-    """The path of a .safetensors file that exists.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: another format; a pickle is refused with the reason.
-    """
-    file = Path(path)
-    if file.suffix.lower() in _PICKLES:
-        raise ValueError(
-            f"weights: got {file}, a pickle, which runs code when it is read; expected a .safetensors file. Where you "
-            f"trust it, convert it once: safetensors.torch.save_file(state_dict, {file.stem + '.safetensors'!r})"
-        )
-    if not file.is_file():
-        raise FileNotFoundError(f"weights: {file} does not exist, expected a .safetensors file")
-    if file.suffix.lower() != ".safetensors":
-        raise ValueError(f"weights: got {file}, expected a .safetensors file")
-    return file
-
-
 def _from_folder(folder: Path, dtype: str, *, trust_remote_code: bool) -> nn.Module:
     config = _read_config(folder)
     names = config.get("architectures")
@@ -213,7 +199,7 @@ def _from_folder(folder: Path, dtype: str, *, trust_remote_code: bool) -> nn.Mod
     if name is None or task == "unknown":
         expected = ", ".join(f"…{ending}" for ending, _ in _TASKS)
         raise ValueError(f"{folder}/config.json: architectures: got {names!r}, expected one class, of {expected}")
-    _require_safetensors(folder)
+    require_safetensors(folder)
     import transformers
 
     if isinstance(config.get("auto_map"), dict) and not hasattr(transformers, name):
@@ -237,10 +223,10 @@ def _from_folder(folder: Path, dtype: str, *, trust_remote_code: bool) -> nn.Mod
                 folder, dtype="auto" if dtype == "auto" else _DTYPES[dtype], output_loading_info=True, **options
             )
     except (SafetensorError, RuntimeError, ValueError, KeyError, OSError) as error:
-        raise ValueError(f"{folder}: cannot be read as {name} ({_line(error)}); is a file cut short?") from error
+        raise ValueError(f"{folder}: cannot be read as {name} ({one_line(error)}); is a file cut short?") from error
     if missing := sorted(info["missing_keys"]):
         raise ValueError(
-            f"{folder}: its weights lack {_some(missing)} of {name}; expected a trained model with all of its weights"
+            f"{folder}: its weights lack {some(missing)} of {name}; expected a trained model with all of its weights"
         )
     found: nn.Module = model
     return found
@@ -259,18 +245,6 @@ def _read_config(folder: Path) -> Mapping[str, Any]:
     if not isinstance(config, dict):
         raise ValueError(f"{file}: got {type(config).__name__}, expected a JSON object")
     return config
-
-
-def _require_safetensors(folder: Path) -> None:
-    if any(folder.glob("*.safetensors")):
-        return
-    pickles = sorted(file.name for file in folder.iterdir() if file.suffix.lower() in _PICKLES)
-    if pickles:
-        raise ValueError(
-            f"{folder}: got weights in {', '.join(pickles)}, a pickle, which runs code when it is read; expected "
-            "model.safetensors. Where you trust it, convert it once: load it in transformers and save_pretrained()"
-        )
-    raise FileNotFoundError(f"{folder}: holds no weights, expected model.safetensors beside config.json")
 
 
 def _from_torchvision(name: str, classes: int | None) -> nn.Module:
@@ -320,37 +294,15 @@ def _from_factory(text: str) -> nn.Module:
     return model
 
 
-def _fill(model: nn.Module, weights: Path) -> None:
-    """Load the whole state dict, or say what does not fit and leave the model alone."""
-    from safetensors import SafetensorError, safe_open
-    from safetensors.torch import load_model
-
-    own = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    try:
-        with safe_open(weights, framework="pt") as file:
-            there = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"weights: {weights} cannot be read ({error}); is it cut short?") from error
-    unknown = sorted(set(there) - set(own))
-    other = [key for key in there if key in own and there[key] != own[key]]
-    if other:
-        key = other[0]
-        raise ValueError(f"weights: {weights} has {key} of shape {there[key]}, expected {own[key]}, the model's")
-    if unknown:
-        raise ValueError(f"weights: {weights} has {_some(unknown)}, which {type(model).__name__} has not")
-    try:
-        load_model(model, weights)
-    except RuntimeError as error:
-        raise ValueError(f"weights: {weights} does not fill {type(model).__name__} ({_line(error)})") from error
-
-
 def _no_model(text: str) -> Exception:
     path = Path(text)
-    if path.suffix.lower() in _PICKLES:
+    if path.suffix.lower() in PICKLES:
         return ValueError(f"model: got {text}, a pickle, which runs code when it is read; expected {_FORMS}")
     if path.is_file():
         return ValueError(f"model: got the file {text}, expected {_FORMS}; weights alone go to weights= (--weights)")
-    return FileNotFoundError(f"model: {text} is no folder here, and nothing is downloaded; expected {_FORMS}")
+    known = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) and not path.suffix
+    hint = f"; a name on the hub is found once `{fetch_command(text)}` has fetched it" if known else ""
+    return FileNotFoundError(f"model: {text} is no folder here, and nothing is downloaded; expected {_FORMS}{hint}")
 
 
 def _task_of(name: str) -> Task:
@@ -386,12 +338,3 @@ def _without_bars() -> Iterator[None]:
     finally:
         if was:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _line(error: Exception) -> str:
-    """An error's text on one line."""
-    return " ".join(str(error).split())

