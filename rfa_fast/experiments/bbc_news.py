@@ -1,10 +1,15 @@
-"""MiniLM on BBC News: forget a topic, and compare with a model fine-tuned without it.
+"""MiniLM on BBC News: forget a topic, or every article with a word, and compare with a model fine-tuned without.
 
 A pretrained BERT of six layers with a new head stands in for the paper's DistilBERT, and five topics
 of news for its text classification. The first 64 tokens of an article are used: headline and lead
 mostly tell the topic, at a fraction of the time that the whole takes. The unlearning settings are
 starting values, not the outcome of a comparison: `--validation --scenario class:business --try lr=…`
 makes one without touching the test set.
+
+The keyword stands for the paper's "comedy" on IMDB. "election" is one of the 272 candidates that
+:func:`rfa_fast.data.keyword_candidates` lists for these articles, taken because its share is the same in both
+sets, 9.7 % (164 of 1,691 training and 41 of 422 test articles), 145 of the 164 on politics. The whole article
+counts; in half of them the word stands in the first 60 words, so that the model never reads it in the others.
 
     python -m rfa_fast.experiments.bbc_news --output runs/bbc-news
 """
@@ -17,7 +22,8 @@ from rfa_fast.experiments.comparison import Request, Settings, compare
 from rfa_fast.experiments.models import minilm, minilm_tokenizer
 from rfa_fast.report import RunReport
 
-SCENARIOS = ("class:sports",)
+KEYWORD = "election"
+SCENARIOS = ("class:sports", f"keyword:{KEYWORD}")
 TOKENS = 64
 
 RECIPE = {"epochs": 2, "batch_size": 32, "lr": 2e-4, "weight_decay": 0.01, "warmup_steps": 15, "schedule": "cosine"}
@@ -40,7 +46,7 @@ def experiment(request: Request) -> Experiment:
     seed, classes = request.seed, len(data.classes)
     return Experiment(
         "bbc-news",
-        lambda: minilm(classes, seed),
+        lambda: minilm(classes=classes, seed=seed),
         f"MiniLM-L6, {classes} classes, head seed {seed}",
         tokenise_texts(data.train, tokenizer, TOKENS),
         tokenise_texts(data.test, tokenizer, TOKENS),
@@ -63,4 +69,4 @@ def run(request: Request) -> RunReport:
 if __name__ == "__main__":
     from rfa_fast.experiments.command import start
 
-    start(run, "bbc-news", SCENARIOS, "Forget a topic of BBC News with MiniLM.")
+    start(run, "bbc-news", SCENARIOS, "Forget a topic or a keyword of BBC News with MiniLM.")

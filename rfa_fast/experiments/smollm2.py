@@ -1,4 +1,4 @@
-"""SmolLM2-135M on trivia: teach it three topics, then make it forget one.
+"""SmolLM2-135M on trivia: teach it three topics, then make it forget one, or random questions of all.
 
 A small real language model that is first taught answers it does not know, so that there is something to
 forget and a yardstick for having forgotten it: questions of the same topics that were never taught
@@ -6,6 +6,10 @@ forget and a yardstick for having forgotten it: questions of the same topics tha
 de-quantised from four bits once and kept in the cache. The unlearning settings are
 the second of two tried, by the figures on the questions that were taught (D_r, D_f) alone: two epochs
 with full weight on the forget terms forgot the topic and a third of the others with it.
+
+To forget 128 questions takes more than the 144 that a topic's run teaches: with `--scenario sample:128` all 727
+questions of the three topics are in, a quarter of them held out, and four times as long is taught. Its unlearning
+settings are the topic's, not chosen for it.
 
     python -m rfa_fast.experiments.smollm2 --output runs/smollm2
 """
@@ -29,6 +33,7 @@ SCENARIOS = ("class:starwars",)
 TOPICS = ("greekmyth", "harrypotter", "starwars")
 PER_TOPIC = 72
 HELD_OUT = 1 / 3
+HELD_OUT_OF_ALL = 1 / 4
 TOKENS = 40
 WRITTEN = 12  # tokens, more than any answer that is taught needs
 
@@ -46,9 +51,16 @@ def experiment(request: Request) -> Experiment:
     """Data, model and recipe; the model is converted on first use.
 
     Raises:
+        ValueError: random samples and topics are asked for together, which need different data.
         FileNotFoundError: data or model are not installed; the message holds the command.
     """
-    data = load_trivia(request.data, topics=TOPICS, per_topic=PER_TOPIC, test_fraction=HELD_OUT)
+    kinds = {scenario.partition(":")[0] == "sample" for scenario in request.scenarios or SCENARIOS}
+    if len(kinds) > 1:
+        raise ValueError(
+            f"scenarios: got {', '.join(request.scenarios or ())}, expected sample:… alone: it takes all questions"
+        )
+    per_topic, held_out = (None, HELD_OUT_OF_ALL) if True in kinds else (PER_TOPIC, HELD_OUT)
+    data = load_trivia(request.data, topics=TOPICS, per_topic=per_topic, test_fraction=held_out)
     converted = smollm2(cache_folder(request.cache))
     tokenizer = smollm2_tokenizer(converted)
     train, test = (tokenise_qa(part, tokenizer, TOKENS, truncate=True) for part in (data.train, data.test))
@@ -105,4 +117,4 @@ def run(request: Request) -> RunReport:
 if __name__ == "__main__":
     from rfa_fast.experiments.command import start
 
-    start(run, "smollm2", SCENARIOS, "Make SmolLM2-135M forget a topic of the trivia that it was taught.")
+    start(run, "smollm2", SCENARIOS, "Make SmolLM2-135M forget some of the trivia that it was taught.")
