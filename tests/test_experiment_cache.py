@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import Subset
 
-from rfa_fast.data import ImageDataset
+from rfa_fast.data import DataBundle, ImageDataset, resized
 from rfa_fast.experiments import bbc_news, fashion_mnist, smollm2
 from rfa_fast.experiments.cache import ModelCache, Trained, cache_folder, fingerprint, settings_key
 from rfa_fast.experiments.cells import CellStore
@@ -121,6 +121,8 @@ def test_a_fingerprint_depends_on_pixels_labels_and_subset() -> None:
     moved.images[0, 0, 0, 0] += 1
     relabelled = ImageDataset(base.images, [1, 1, 2, 0, 1, 2], base.classes)
     kinds = [base, moved, relabelled, Subset(base, [0, 1]), Subset(base, [1, 0]), Subset(Subset(base, [1, 0]), [0])]
+    bundle = DataBundle("points", base, base, base.classes, "image", "", "")
+    kinds += [resized(bundle, 4).train, resized(bundle, 5).train]
     prints = [fingerprint(kind) for kind in kinds]
     assert len(set(prints)) == len(prints)
     assert fingerprint(points(6, 0)) == prints[0]

@@ -20,6 +20,8 @@ from typing import Any
 from torch import nn
 from torch.utils.data import Dataset, Subset
 
+from rfa_fast.data.resize import Resize
+
 CACHE_VARIABLE = "RFA_FAST_CACHE"
 FORMAT = "rfa-fast model 1"
 
@@ -93,6 +95,8 @@ def fingerprint(dataset: Dataset[Any]) -> str:
         raise TypeError(f"dataset: got {type(dataset).__name__} without labels, expected one of rfa_fast.data")
     for name in ("labels", "texts", "prompts", "channels"):
         digest.update(json.dumps([name, getattr(dataset, name, None)]).encode())
+    if isinstance(transform := getattr(dataset, "transform", None), Resize):
+        digest.update(f"size {transform.size}".encode())
     for name in ("images", "input_ids", "targets"):
         tensor = getattr(dataset, name, None)
         if tensor is not None:

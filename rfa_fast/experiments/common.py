@@ -133,10 +133,9 @@ class ScenarioRun:
         self.experiment, self.split, self.cache = experiment, split, cache
         self.output, self.say, self.progress = output, say, progress
         self.name = slug(f"{split.scenario} {split.target}")
-        parts = split.apply(experiment.train, experiment.test)
-        test_name = "D_rt" if "forget_test" in parts else "D_t"
-        names = {"retain": "D_r", "forget": "D_f", "retain_test": test_name, "forget_test": "D_ft"}
-        self.subsets = {names[key]: subset for key, subset in parts.items()}
+        self.subsets = split.named(experiment.train, experiment.test)
+        if output is not None:
+            split.save(output / "splits" / f"{self.name}-{split.digest()[:16]}.json")
         self.cells = CellStore(None if output is None else output / "cells", say)
 
     @cached_property
