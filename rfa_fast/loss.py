@@ -113,12 +113,23 @@ def evaluate(
         )  # fmt: skip
         losses = mark(losses, context)
         pairs = [torch.stack(tuple(context.terms[name])) for name in names]
-        means = {name: context.means[name] for name in names if name in context.means}
-        return Evaluation(losses, torch.stack(pairs).detach(), means, task.mean_prediction.detach())
+        means = {name: _finite(*context.means[name]) for name in names if name in context.means}
+        prediction, known = _finite(
+            task.mean_prediction.detach(), torch.ones((), dtype=torch.bool, device=losses.total.device)
+        )
+        if mean_prediction is not None:
+            prediction = torch.where(known, prediction, mean_prediction)
+        return Evaluation(losses, torch.stack(pairs).detach(), means, prediction)
     finally:
         context.end()
         context.clear()
         context.prefix_output = None
+
+
+def _finite(mean: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+    """A mean as it may be kept for a later batch: one that is not finite is not known, and 0."""
+    finite = torch.isfinite(mean).all()
+    return torch.where(finite, mean, 0.0), known & finite
 
 
 def alignment(names: Sequence[str], context: GroupContext) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from rfa_fast.groups import Batch, WholeBatch
+from rfa_fast.groups import Batch, LayerTerms, WholeBatch
 from rfa_fast.head import labelled_rows, output_layer, standing_aside
 from rfa_fast.loss import Evaluation, Inputs, eval_behaviour, evaluate, prepare, remembered
 from rfa_fast.objective import FORGET, RETAIN, RFALoss
@@ -56,7 +56,8 @@ def compile_step(
         rfa: the handle that :func:`rfa_fast.patch` returned.
         optimizer: over `rfa.parameters()`.
         accumulate: parts that a batch is cut into, one after the other on the device. Each group's terms are
-            normalised by its count over the whole batch; x̃ and ỹ are those of each part.
+            normalised by its count over the whole batch; x̃ and ỹ are those of each part, or of the part before where
+            it has no retain samples.
         max_norm: clip the gradient to this L2 norm.
         scheduler: stepped after every optimizer step.
         scaler: loss scaling for fp16 autocast.
@@ -177,10 +178,14 @@ class Step:
             )
             for _, _, part in parts:
                 part.whole = whole
-        found = [self._part(*part) for part in parts]
-        rfa._keep(found[-1])
+        found = []
+        for part in parts:
+            found.append(self._part(*part))
+            rfa._keep(found[-1])  # a part without retain samples falls back on the part before
         losses = [RFALoss(*(field.detach() for field in each.losses)) for each in found]
         terms = torch.stack([each.terms for each in found]).sum(0)
+        rows = zip(rfa.names, terms.unbind(0), strict=True)
+        context.losses = {name: LayerTerms(*row.unbind(0)) for name, row in rows}
         self._update(terms)
         return (
             losses[0]

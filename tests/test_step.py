@@ -141,6 +141,21 @@ def test_accumulation_normalises_by_the_whole_batch(norm):
         assert torch.allclose(p.grad, gradient, rtol=1e-4, atol=1e-6)
 
 
+def test_a_part_without_retain_samples_aims_at_the_part_before():
+    rfa = rfa_fast.patch(TinyBlocks(), ["1.up", "2.up"], rank=2, seed=0)
+    step = compile_step(rfa, torch.optim.SGD(rfa.parameters(), lr=0.0), accumulate=2, compile=False)
+    x, labels, forget = torch.randn(6, 5), torch.arange(6) % 3, torch.arange(6) > 2
+    step(x.flip(0) + 1, labels, ~forget)  # leaves other means behind
+    losses = step(x, labels, forget)
+    by_layer = rfa.layer_losses()
+    rfa.loss(x[:3], labels[:3], forget[:3])
+    expected = rfa.loss(x[3:], labels[3:], forget[3:])
+    assert torch.allclose(losses.forget_align, expected.forget_align)
+    assert torch.allclose(losses.forget_task, expected.forget_task)
+    assert torch.allclose(sum(terms.retain for terms in by_layer.values()), losses.retain_align)
+    assert torch.allclose(sum(terms.forget for terms in by_layer.values()), losses.forget_align)
+
+
 def test_accumulation_compiles_no_more():
     plain, compiled, counter = pair(tiny_language_model(2), rank=2, options={"accumulate": 2})
     for batch in batches((4, 8), (4, 8), (6, 5)):
@@ -181,6 +196,12 @@ def test_a_step_that_is_not_finite_reaches_no_parameter(compile):
     step(bad, labels, forget)
     assert (step.steps, step.skipped) == (3, 2)
     assert torch.isfinite(step(x, labels, forget).total)
+    # A retained sample that is not finite: its x̃ and ỹ are no good for a batch that has none of its own.
+    bad[5, 0] = math.nan
+    step(bad, labels, forget)
+    losses = step(x, labels, torch.ones(6, dtype=torch.bool))
+    assert torch.isfinite(torch.stack(losses)).all()
+    assert step.skipped == 3
 
 
 def test_wrong_options():
