@@ -8,11 +8,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+import quick_interpreter
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rfa_fast.kernels import common
 from torch import Tensor
+
+quick_interpreter.install()
 
 DTYPES = [
     pytest.param(torch.float32, id="fp32"),
