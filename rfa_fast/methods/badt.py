@@ -30,7 +30,7 @@ class BadT(WeightsMethod):
     temperature. The mean is over the rows of the batch B as a whole, not per group.
 
     Options:
-        retain_share: share of the retained samples that take part, the authors' 30 % by default: of every
+        retain_share: share of the retained samples that take part, 30 % by default: of every
             batch the first so many (the run has shuffled them), at least one. In one epoch that is a random
             subset of the data; in the next it is another.
         temperature: divides the logits.

@@ -26,7 +26,7 @@ class NPO(GradDiff):
     log π(y|x) is the sum over the labelled tokens of a sequence; the expectation is over sequences.
 
     Options:
-        beta: β, the authors' 0.1 by default.
+        beta: β, 0.1 by default.
         forget_weight, retain_weight: w_f and w_r.
         targets, train_mode, shift_labels: as :class:`~rfa_fast.methods.weights.WeightsMethod`.
 

@@ -23,7 +23,7 @@ from rfa_fast.methods.weights import WeightsMethod, call
 from rfa_fast.objective import accumulation_dtype
 from rfa_fast.targets import output_embeddings, repeated_blocks, select
 
-_DEPTH = 7 / 32  # where the authors put the layer in a model of 32 blocks
+_DEPTH = 7 / 32  # layer 7 of a model of 32 blocks, as is common
 _TRAINED = 3  # blocks, the layer's own the last of them
 
 
@@ -38,14 +38,14 @@ class RMU(WeightsMethod):
     evenly from [0, 1) by the run's seed and then normalised. Padding is no token. Labels are not read.
 
     Options:
-        layer: ℓ, from 0; `None`: 7/32 of the depth, the authors' place, and at least 2.
+        layer: ℓ, from 0; `None`: 7/32 of the depth, and at least 2.
         steering: c.
         alpha: α.
         targets: `None` trains the last feed-forward weight of the blocks ℓ − 2, ℓ − 1 and ℓ; otherwise as
             :class:`~rfa_fast.methods.weights.WeightsMethod`, as are `train_mode` and `shift_labels`.
             For a mixture of experts name the weights here.
 
-    The defaults of c and α are the authors' for a model of 7 billion parameters; c should be of the size of
+    The defaults of c and α are in common use for models of 7 billion parameters; c should be of the size of
     the activations' norm, which grows with the model.
 
     Example:

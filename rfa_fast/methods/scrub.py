@@ -37,7 +37,7 @@ class SCRUB(WeightsMethod):
     Options:
         max_epochs: epochs that begin with a max pass.
         temperature: T.
-        alpha, gamma: weights of the min pass, by default those that come with T = 4 in the authors' code.
+        alpha, gamma: weights of the min pass; the defaults are ones in common use with T = 4, not figures of the paper.
         rewind: go back, at the end, to the weights after that min pass whose error on the forget samples was
             closest to this (0 to 1): the error that unseen samples of their kind have, which a run does not
             know and the authors measure on a validation set. Costs one more copy of the trained weights and

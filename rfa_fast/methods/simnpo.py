@@ -25,7 +25,7 @@ class SimNPO(GradDiff):
     |y| is the number of labelled tokens of a sequence, over which log π(y|x) is summed.
 
     Options:
-        beta, gamma: β and γ, the margin.
+        beta, gamma: β and γ, the margin; starting values, to be chosen for a model.
         forget_weight, retain_weight: w_f and w_r.
         targets, train_mode, shift_labels: as :class:`~rfa_fast.methods.weights.WeightsMethod`.
 
