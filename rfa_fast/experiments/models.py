@@ -166,6 +166,12 @@ def pretrained_vision(
     Raises:
         FileNotFoundError: the weights are not there; the message holds the command that fetches them.
         ValueError: an unknown name, or weights of another model.
+
+    Example:
+        >>> pretrained_vision("resnet18", 0, weights="/nowhere.pth")
+        Traceback (most recent call last):
+        ...
+        FileNotFoundError: weights: /nowhere.pth does not exist, expected a .safetensors or .pth file
     """
     from torchvision import models
 
@@ -227,11 +233,17 @@ def text_classifier(source: Source, seed: int, classes: int, folder: str | os.Pa
     Raises:
         FileNotFoundError: it is not there; the message holds the command.
         ValueError: weights as a pickle only, or too few of them: what is drawn at random is the head alone.
-    """
-    from transformers import AutoModelForSequenceClassification
 
+    Example:
+        >>> text_classifier(DISTILBERT, 0, 2, "/nowhere")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ...
+        FileNotFoundError: distilbert-base-uncased: /nowhere does not exist. Get it with `hf download distilbert/...
+    """
     place = source.require(folder)
     require_safetensors(place)
+    from transformers import AutoModelForSequenceClassification
+
     read = AutoModelForSequenceClassification.from_pretrained
     options = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
     try:
