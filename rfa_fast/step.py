@@ -179,8 +179,8 @@ class Step:
             for _, _, part in parts:
                 part.whole = whole
         found = []
-        for part in parts:
-            found.append(self._part(*part))
+        for mine in parts:
+            found.append(self._part(*mine))
             rfa._keep(found[-1])  # a part without retain samples falls back on the part before
         losses = [RFALoss(*(field.detach() for field in each.losses)) for each in found]
         terms = torch.stack([each.terms for each in found]).sum(0)
