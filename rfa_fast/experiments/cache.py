@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
 from torch.utils.data import Dataset, Subset
@@ -26,6 +27,8 @@ CACHE_VARIABLE = "RFA_FAST_CACHE"
 FORMAT = "rfa-fast model 1"
 
 Say = Callable[[str], object]
+
+_FINGERPRINTS: WeakKeyDictionary[Dataset[Any], str] = WeakKeyDictionary()
 
 
 @dataclass
@@ -78,6 +81,9 @@ def canonical(settings: Mapping[str, Any]) -> str:
 def fingerprint(dataset: Dataset[Any]) -> str:
     """Digest of a dataset's content: its tensors, labels and texts, and the indices of a `Subset`.
 
+    It is taken once per object, because hundreds of megabytes are read for it and a table asks for it with every
+    row: a dataset is not changed while experiments run on it.
+
     Raises:
         TypeError: a dataset without the attribute `labels`, whose content cannot be told cheaply.
 
@@ -87,7 +93,9 @@ def fingerprint(dataset: Dataset[Any]) -> str:
         >>> fingerprint(a) == fingerprint(b), fingerprint(a) == fingerprint(Subset(a, [0]))
         (False, False)
     """
-    digest = hashlib.sha256()
+    if dataset in _FINGERPRINTS:
+        return _FINGERPRINTS[dataset]
+    whole, digest = dataset, hashlib.sha256()
     while isinstance(dataset, Subset):
         digest.update(json.dumps([int(i) for i in dataset.indices]).encode())
         dataset = dataset.dataset
@@ -102,7 +110,8 @@ def fingerprint(dataset: Dataset[Any]) -> str:
         if tensor is not None:
             digest.update(f"{name} {tuple(tensor.shape)}".encode())
             digest.update(tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    _FINGERPRINTS[whole] = digest.hexdigest()[:16]
+    return _FINGERPRINTS[whole]
 
 
 def labels_of(dataset: Dataset[Any]) -> list[int]:
@@ -184,6 +193,18 @@ class ModelCache:
             self._memory[role, key] = trained
         return trained
 
+    def has(self, role: str, settings: Mapping[str, Any]) -> bool:
+        """Whether :meth:`get` would find this model; a file that cannot be read is found out there.
+
+        Example:
+            >>> ModelCache(None).has("original", {"seed": 0})
+            False
+        """
+        key = settings_key(settings)
+        if self.folder is None:
+            return (role, key) in self._memory
+        return (self.folder / f"{role}-{key}.safetensors").is_file()
+
     def _read(self, path: Path, settings: Mapping[str, Any], model: nn.Module) -> float | None:
         """Fill the model from the file and return its training's seconds; `None`, and said why, when it is no good."""
         from safetensors import SafetensorError, safe_open
@@ -203,6 +224,7 @@ class ModelCache:
 
     def _write(self, path: Path, settings: Mapping[str, Any], model: nn.Module, seconds: float) -> None:
         """Whole or not at all. Tensors that modules share are stored once."""
+        from safetensors import SafetensorError
         from safetensors.torch import save_model
 
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -212,5 +234,7 @@ class ModelCache:
                 model, str(partial), {"format": FORMAT, "settings": canonical(settings), "seconds": repr(seconds)}
             )
             os.replace(partial, path)
+        except SafetensorError as error:  # what a full disk is to safetensors
+            raise OSError(f"{path}: cannot be written ({error}); free space there or name another --cache") from error
         finally:
             partial.unlink(missing_ok=True)

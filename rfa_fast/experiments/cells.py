@@ -14,7 +14,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rfa_fast.experiments.cache import Say, canonical
+from rfa_fast.experiments.cache import Say, canonical, settings_key
 from rfa_fast.report import write_atomically
 
 FORMAT = "rfa-fast row 1"
@@ -38,10 +38,12 @@ class CellStore:
     Args:
         folder: made when the first row is kept; `None` keeps nothing.
         say: is told which rows are read, and which are not trusted and why.
+        keyed: rows of one name and several settings lie beside each other, as trained models do, and none is
+            replaced by another. Without it a folder has one row of a name.
     """
 
-    def __init__(self, folder: Path | None, say: Say = print) -> None:
-        self.folder, self.say = folder, say
+    def __init__(self, folder: Path | None, say: Say = print, *, keyed: bool = False) -> None:
+        self.folder, self.say, self.keyed = folder, say, keyed
 
     def get(
         self, name: str, settings: Mapping[str, Any], kind: Callable[..., Content], compute: Callable[[], Content]
@@ -57,17 +59,25 @@ class CellStore:
         Raises:
             OSError: the folder cannot be written.
         """
-        path = None if self.folder is None else self.folder / f"{slug(name)}.json"
+        path = self.path(name, settings)
         if path is not None and path.is_file():
             found = self._read(path, settings, kind)
             if found is not None:
                 self.say(f"{name}: finished before, read from {path}")
                 return found
+        elif path is not None and self.keyed and (others := len(list(path.parent.glob(f"{slug(name)}-????????.json")))):
+            self.say(f"{name}: {others} in {path.parent} are of other settings or seeds; computing this one")
         row = compute()
         if path is not None:
             content = {"format": FORMAT, "settings": dict(settings), "row": asdict(row)}  # type: ignore[call-overload]
             write_atomically(path, json.dumps(content, indent=1) + "\n")
         return row
+
+    def path(self, name: str, settings: Mapping[str, Any]) -> Path | None:
+        """Where the row of this name and these settings is or would be; `None` where nothing is kept."""
+        if self.folder is None:
+            return None
+        return self.folder / (f"{slug(name)}-{settings_key(settings)[:8]}.json" if self.keyed else f"{slug(name)}.json")
 
     def _read(self, path: Path, settings: Mapping[str, Any], kind: Callable[..., Content]) -> Content | None:
         try:

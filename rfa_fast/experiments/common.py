@@ -10,8 +10,8 @@ loses at most the row under way, and of that row no more than the steps since it
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,15 +20,15 @@ from typing import Any, Literal
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from rfa_fast.data import Split, collate, collate_text, validation_split
+from rfa_fast.data import Repeated, Split, collate, collate_text, validation_split
 from rfa_fast.experiments.cache import ModelCache, Say, Trained, fingerprint, labels_of, settings_key
 from rfa_fast.experiments.cells import CellStore, slug
+from rfa_fast.experiments.measuring import FEATURE_ITEMS, Measures
+from rfa_fast.experiments.measuring import bar as bar
+from rfa_fast.experiments.measuring import thinned as thinned
 from rfa_fast.methods import train, unlearn
-from rfa_fast.metrics import SplitResult, evaluate_split, feature_distance
+from rfa_fast.metrics import Predictions, SplitResult, evaluate_split, feature_distance, measure
 from rfa_fast.report import Example, MethodRow, Scenario
-
-_CONFIDENCES = 2000  # per group: enough for a histogram of 25 bins
-_DISTANCE_SAMPLES = 512  # per subset and layer: the mean's error is then some 4 % of the spread
 
 
 @dataclass(frozen=True)
@@ -90,10 +90,14 @@ class Experiment:
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the table: a label and the keyword arguments of :func:`rfa_fast.unlearn`, JSON-safe."""
+    """A row of the table: a label and the keyword arguments of :func:`rfa_fast.unlearn`, JSON-safe.
+
+    `repeat` says how often each sample of D_f comes.
+    """
 
     label: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    repeat: int = 1
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,10 @@ class ScenarioRun:
         output: folder for finished rows and the methods' runs; `None` keeps neither.
         say: is told what happens, a sentence each.
         progress: show bars on standard error.
+        measures: what is measured of every row; `None`: accuracy (and perplexity) and membership inference,
+            under the names of a scenario's table.
+        shared: the folder is one that tables share. Rows of several settings lie beside each other, and
+            what a method wrote to resume from is deleted once its row is finished.
     """
 
     def __init__(
@@ -129,14 +137,19 @@ class ScenarioRun:
         output: Path | None = None,
         say: Say = print,
         progress: bool = True,
+        measures: Measures | None = None,
+        shared: bool = False,
     ) -> None:
         self.experiment, self.split, self.cache = experiment, split, cache
         self.output, self.say, self.progress = output, say, progress
+        self.measures, self.shared = measures, shared
+        self._known: Mapping[str, Predictions] | None = None
         self.name = slug(f"{split.scenario} {split.target}")
         self.subsets = split.named(experiment.train, experiment.test)
         if output is not None:
             split.save(output / "splits" / f"{self.name}-{split.digest()[:16]}.json")
-        self.cells = CellStore(None if output is None else output / "cells", say)
+        self.cells = CellStore(None if output is None else output / "cells", say, keyed=shared)
+        self.measured = self.subsets if measures is None else {n: measures.subset(s) for n, s in self.subsets.items()}
 
     @cached_property
     def original(self) -> Trained:
@@ -148,39 +161,62 @@ class ScenarioRun:
         """Trained on the retained samples alone, by the same recipe."""
         return self.experiment.fit(self.subsets["D_r"], f"retrain-{self.name}", self.cache, progress=self.progress)
 
+    def known(self) -> Mapping[str, Predictions]:
+        """What Retrain predicts on the measured subsets, for classifications: spares its forward in every row."""
+        if self._known is None and self.experiment.kind != "language":
+            with bar("measure Retrain", enabled=self.progress) as advance:
+                result = evaluate_split(self.retrain.model, self._loaders(), progress=advance)
+            self._known = {name: item.predictions for name, item in result.items()}
+        return self._known or {}
+
     def baseline(self, label: Literal["Original", "Retrain"]) -> Row:
         """The row of one of the two trained models."""
-        dataset = self.experiment.train if label == "Original" else self.subsets["D_r"]
-        settings = {"model": self.experiment.settings(dataset), "split": self.split.digest()}
 
-        def measure() -> Row:
+        def run() -> Row:
             trained = self.original if label == "Original" else self.retrain
             return self._measured(trained.model, trained.seconds, label)
 
-        return self.cells.get(f"{self.name}-{label}", settings, Row, measure)
+        return self.cells.get(f"{self.name}-{label}", self._baseline_settings(label), Row, run)
 
     def unlearned(self, method: Method) -> Row:
         """The row of one method, which starts from a copy of the Original."""
-        settings = {
-            "model": self.experiment.settings(self.experiment.train),
-            "split": self.split.digest(),
-            "options": dict(method.options),
-        }
+        settings, name = self._method_settings(method), f"{self.name}-{slug(method.label)}"
+        folder = None if self.output is None else self.output / "runs" / f"{name}-{settings_key(settings)}"
 
-        def measure() -> Row:
+        def run() -> Row:
             model = copy.deepcopy(self.original.model)
-            name = f"{self.name}-{slug(method.label)}"
-            folder = None if self.output is None else self.output / "runs" / f"{name}-{settings_key(settings)}"
-            result = unlearn(
-                model, self.subsets["D_f"], self.subsets["D_r"], output_dir=folder,
-                resume=folder is not None and folder.exists(), progress=self.progress, **method.options,
-            )  # fmt: skip
-            row = self._measured(model, float(result.record["training"]["seconds"]), method.label)
-            losses = [{k: v for k, v in step.items() if isinstance(v, int | float)} for step in result.history]
+            forget = self.subsets["D_f"]
+            with measure() as cost:
+                result = unlearn(
+                    model, forget if method.repeat == 1 else Repeated(forget, method.repeat), self.subsets["D_r"],
+                    output_dir=folder, resume=folder is not None and folder.exists(), progress=self.progress,
+                    **method.options,
+                )  # fmt: skip
+            row = self._measured(model, float(result.record["training"]["seconds"]), method.label, cost.peak_bytes)
+            row = replace(row, losses=[_numbers(step) for step in result.history])
+            if self.measures is not None:
+                return row
             layers = [name for name in result.record["layers"] if name in dict(self.original.model.named_modules())]
-            return replace(row, losses=losses, distance=self._distances(model, layers))
+            return replace(row, distance=self._distances(model, layers))
 
-        return self.cells.get(f"{self.name}-{method.label}", settings, Row, measure)
+        row = self.cells.get(f"{self.name}-{method.label}", settings, Row, run)
+        if self.shared and folder is not None and folder.exists():
+            shutil.rmtree(folder)
+        return row
+
+    def pending(self, baselines: Sequence[str], methods: Sequence[Method]) -> tuple[list[str], list[str]]:
+        """What of these rows is still to be computed: labels of rows, and of the trained models they would wait for."""
+        settings = {label: self._baseline_settings(label) for label in baselines}
+        settings |= {method.label: self._method_settings(method) for method in methods}
+        paths = {label: self.cells.path(f"{self.name}-{label}", found) for label, found in settings.items()}
+        rows = [label for label, path in paths.items() if path is None or not path.is_file()]
+        experiment, models = self.experiment, []
+        for label, dataset in (("Original", experiment.train), ("Retrain", self.subsets["D_r"])):
+            role = "original" if label == "Original" else f"retrain-{self.name}"
+            wanted = rows and (label in baselines or methods)
+            if wanted and not self.cache.has(f"{experiment.name}-{role}", experiment.settings(dataset)):
+                models.append(label)
+        return rows, models
 
     def scenario(self, title: str, methods: Sequence[Method], *, shown: str | None = None) -> Scenario:
         """All rows as a :class:`rfa_fast.report.Scenario`; the plots are of the method `shown`, or the first.
@@ -220,22 +256,52 @@ class ScenarioRun:
             },
         )
 
-    def _measured(self, model: nn.Module, seconds: float, label: str) -> Row:
+    def _baseline_settings(self, label: str) -> dict[str, Any]:
+        dataset = self.experiment.train if label == "Original" else self.subsets["D_r"]
+        return self._settings({"model": self.experiment.settings(dataset)})
+
+    def _method_settings(self, method: Method) -> dict[str, Any]:
+        settings = self._settings({"model": self.experiment.settings(self.experiment.train)})
+        return settings | {"options": dict(method.options)} | ({} if method.repeat == 1 else {"repeat": method.repeat})
+
+    def _settings(self, more: Mapping[str, Any]) -> dict[str, Any]:
+        """What a row is trusted by."""
+        measures = {} if self.measures is None else {"measures": self.measures.settings()}
+        return {**more, "split": self.split.digest(), **measures}
+
+    def _measured(self, model: nn.Module, seconds: float, label: str, peak_bytes: int | None = None) -> Row:
         """Every figure that one pass per subset gives."""
-        loaders = {name: self.experiment.loader(subset) for name, subset in self.subsets.items()}
+        seed = int(self.experiment.recipe.get("seed", 0))
+        references = None
+        if self.measures is not None:
+            known = self.known if label != "Retrain" else dict  # what it predicts is about to be known
+            references = self.measures.references(lambda: self.original.model, lambda: self.retrain.model, known, seed)
         with bar(f"measure {label}", enabled=self.progress) as advance:
-            result = evaluate_split(model, loaders, progress=advance)
+            result = evaluate_split(model, self._loaders(), references=references, progress=advance)
+        if label == "Retrain" and self.experiment.kind != "language":
+            self._known = {name: item.predictions for name, item in result.items()}
         language = self.experiment.kind == "language"
-        figures = {f"{name}/accuracy" if language else name: item.accuracy for name, item in result.items()}
-        if language:
-            figures |= {f"{name}/perplexity": item.perplexity for name, item in result.items()}
-        figures["MIA"] = result.membership().forget_share
+        distance: dict[str, dict[str, float]] = {}
+        if self.measures is not None:
+            figures = self.measures.figures(result, seconds, peak_bytes, seed)
+            for name in ("D_r", "D_f"):
+                found = result[name].distances
+                if found is not None and found.to_original:
+                    distance[name] = found.to_original
+        else:
+            figures = {f"{name}/accuracy" if language else name: item.accuracy for name, item in result.items()}
+            if language:
+                figures |= {f"{name}/perplexity": item.perplexity for name, item in result.items()}
+            figures["MIA"] = result.membership().forget_share
         per_class = self._per_class(result, ("D_r", "D_f") if language else ("D_rt", "D_ft", "D_t"))
         test = next(name for name in ("D_ft", "D_t", "D_rt") if name in result)
         sources = {"forget": result["D_f"], "test": result[test]}
         confidence = {key: thinned(item.predictions.confidence.tolist()) for key, item in sources.items()}
         texts = {} if self.experiment.write is None else dict(self.experiment.write(model))
-        return Row(seconds, figures, per_class, confidence, texts)
+        return Row(seconds, figures, per_class, confidence, texts, distance=distance)
+
+    def _loaders(self) -> dict[str, DataLoader[Any]]:
+        return {name: self.experiment.loader(subset) for name, subset in self.measured.items()}
 
     def _per_class(self, result: SplitResult, names: Sequence[str]) -> dict[str, float]:
         """Accuracy by class over some subsets, classes without a sample left out."""
@@ -245,7 +311,7 @@ class ScenarioRun:
                 continue
             predictions = result[name].predictions
             hits = (predictions.tokens_right == predictions.tokens).tolist()
-            for label, hit in zip(labels_of(self.subsets[name]), hits, strict=True):
+            for label, hit in zip(labels_of(self.measured[name]), hits, strict=True):
                 right.setdefault(label, []).append(hit)
         return {self.experiment.classes[label]: sum(hits) / len(hits) for label, hits in sorted(right.items())}
 
@@ -254,34 +320,13 @@ class ScenarioRun:
         if not layers:
             return {}
         loaders = {
-            name: self.experiment.loader(Subset(subset, thinned(range(len(subset)), _DISTANCE_SAMPLES)))
+            name: self.experiment.loader(Subset(subset, thinned(range(len(subset)), FEATURE_ITEMS)))
             for name, subset in self.subsets.items()
             if name in ("D_r", "D_f")
         }
         return {name: feature_distance(model, self.original.model, loader, layers) for name, loader in loaders.items()}
 
 
-def thinned(values: Sequence[Any], most: int = _CONFIDENCES) -> list[Any]:
-    """At most `most` of the values, evenly spaced.
-
-    Example:
-        >>> thinned(range(10), 4)
-        [0, 2, 5, 7]
-    """
-    if len(values) <= most:
-        return list(values)
-    return [values[i * len(values) // most] for i in range(most)]
-
-
-@contextmanager
-def bar(label: str, *, enabled: bool) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on standard error, as a callback of (done, in all); gone when it is full."""
-    if not enabled:
-        yield lambda done, total: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as shown:
-        task = shown.add_task(label, total=None)
-        yield lambda done, total: shown.update(task, completed=done, total=total or None)
+def _numbers(step: Mapping[str, Any]) -> dict[str, float]:
+    """A step's record without what is no number."""
+    return {key: value for key, value in step.items() if isinstance(value, int | float)}

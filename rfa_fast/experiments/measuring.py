@@ -1,0 +1,151 @@
+"""What is measured of a model in an experiment, beyond accuracy: any of the metrics, from one pass per subset.
+
+A subset can be large (D_r is nine tenths of the training set) and a distance to a second model costs a second
+forward. So a pass may be limited to a number of samples, evenly spaced; it begins with those that feature
+distances are taken on, because these are kept to the first few hundred; and what the retrained classifier
+predicted is kept, so that it is run once per split and not once per method.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+from torch.utils.data import Subset
+
+from rfa_fast.metrics import METRICS, Cost, Predictions, References, SplitResult, read_metrics
+from rfa_fast.metrics.meters import TokenReduction
+from rfa_fast.targets import select
+
+_CONFIDENCES = 2000  # per group: enough for a histogram of 25 bins
+FEATURE_ITEMS = 512
+"""Samples per subset for feature distance: the mean's error is then some 4 % of the spread."""
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What is measured of every row.
+
+    Attributes:
+        metrics: names of :data:`rfa_fast.metrics.METRICS`.
+        samples: at most so many of each subset; `None`: all.
+        tokens: what becomes of a text's tokens in activation distance.
+
+    Raises:
+        ValueError: an unknown metric.
+    """
+
+    metrics: tuple[str, ...]
+    samples: int | None = None
+    tokens: TokenReduction = "mean"
+
+    def __post_init__(self) -> None:
+        if unknown := [name for name in self.metrics if name not in METRICS]:
+            raise ValueError(f"metrics: got {unknown[0]!r}, expected some of {', '.join(METRICS)}")
+
+    def settings(self) -> dict[str, Any]:
+        """What shapes the figures, JSON-safe."""
+        return asdict(self)
+
+    def need(self, what: str) -> bool:
+        """Whether a metric needs `what`, `"retrained"` say."""
+        return any(what in METRICS[name].needs for name in self.metrics)
+
+    def subset(self, subset: Subset[Any]) -> Subset[Any]:
+        """The samples of a subset that are measured, in the order measured.
+
+        Example:
+            >>> Measures(("accuracy",), samples=2).subset(Subset(["a", "b", "c", "d"], [0, 1, 2, 3])).indices
+            [0, 2]
+        """
+        kept = thinned(range(len(subset)), len(subset) if self.samples is None else self.samples)
+        first = thinned(kept, FEATURE_ITEMS)
+        taken = set(first)
+        return Subset(subset, [*first, *(i for i in kept if i not in taken)])
+
+    def references(
+        self,
+        original: Callable[[], nn.Module],
+        retrained: Callable[[], nn.Module],
+        known: Callable[[], Mapping[str, Predictions]],
+        seed: int,
+    ) -> References:
+        """The models that the metrics compare with; each is asked for only where one does.
+
+        Args:
+            original, retrained: give the models.
+            known: gives what the retrained classifier predicts on the measured subsets.
+            seed: of the untrained model that ZRF compares with.
+        """
+        base = original() if self.need("original") or self.need("layers") or self.need("incompetent") else None
+        predictions: Mapping[str, Predictions] = {}
+        if self.need("retrained"):
+            predictions = known()
+        return References(
+            retrained=retrained() if self.need("retrained") else None,
+            retrained_predictions=predictions,
+            original=base if self.need("original") else None,
+            incompetent=_untrained(base, seed) if self.need("incompetent") and base is not None else None,
+            layers=adapted_layers(base) if self.need("layers") and base is not None else (),
+            tokens=self.tokens,
+            feature_items=FEATURE_ITEMS,
+        )
+
+    def figures(self, result: SplitResult, seconds: float, peak_bytes: int | None, seed: int) -> dict[str, float]:
+        """The figures of a measured split, by the names of :func:`rfa_fast.metrics.read_metrics`; NaN where unknown."""
+        cost = Cost(seconds, peak_bytes, "measured" if peak_bytes is not None else "unknown")
+        figures = read_metrics(result, self.metrics, cost=cost, seed=seed)
+        return {name: float(value) if value is not None else math.nan for name, value in figures.items()}
+
+
+def adapted_layers(model: nn.Module) -> list[str]:
+    """The layers that RFA adapts everywhere: those that feature distances are taken on, for all methods alike.
+
+    Example:
+        >>> from rfa_fast.experiments.models import digits_net
+        >>> adapted_layers(digits_net(0))[-1]
+        'fc'
+    """
+    return [target.name for target in select(model, "all").adapted]
+
+
+def _untrained(model: nn.Module, seed: int) -> nn.Module:
+    """A copy of the model that has seen nothing."""
+    import copy
+
+    from rfa_fast.methods.start import initial_tensors, named_state
+    from rfa_fast.methods.weights import copy_tensors
+
+    other = copy.deepcopy(model)
+    copy_tensors(named_state(other), initial_tensors(other, seed))
+    return other.eval()
+
+
+def thinned(values: Sequence[Any], most: int = _CONFIDENCES) -> list[Any]:
+    """At most `most` of the values, evenly spaced.
+
+    Example:
+        >>> thinned(range(10), 4)
+        [0, 2, 5, 7]
+    """
+    if len(values) <= most:
+        return list(values)
+    return [values[i * len(values) // most] for i in range(most)]
+
+
+@contextmanager
+def bar(label: str, *, enabled: bool) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on standard error, as a callback of (done, in all); gone when it is full."""
+    if not enabled:
+        yield lambda done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as shown:
+        task = shown.add_task(label, total=None)
+        yield lambda done, total: shown.update(task, completed=done, total=total or None)
