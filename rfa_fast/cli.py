@@ -3,6 +3,7 @@
     rfa-fast demo                 see it work, on data that is already here
     rfa-fast unlearn MODEL …      forget, keep the rest, leave a record
     rfa-fast evaluate MODEL …     the table for models that exist
+    rfa-fast experiment NAME      the paper's tables, computed here beside the paper's figures
     rfa-fast bench MODEL …        what a step takes and needs
     rfa-fast info [MODEL]         what this machine has; what would be adapted
 
@@ -20,6 +21,7 @@ from rfa_fast import __version__
 from rfa_fast.commands.bench import bench
 from rfa_fast.commands.demo import demo
 from rfa_fast.commands.evaluate import evaluate
+from rfa_fast.commands.experiment import experiment
 from rfa_fast.commands.info import info
 from rfa_fast.commands.shell import Program
 from rfa_fast.commands.unlearn import unlearn
@@ -52,6 +54,7 @@ def program(
 app.command()(demo)
 app.command()(unlearn)
 app.command()(evaluate)
+app.command()(experiment)
 app.command()(bench)
 app.command()(info)
 

@@ -1,0 +1,206 @@
+"""From what was asked for to blocks, what a reader sees together, and units, what is computed together.
+
+A block is one table on one pair and one scenario. A unit is one pair and one seed with every scenario and row
+that any block needs of them: its two kinds of trained models are shared by all its rows, so it is the piece
+that a process works on alone. Everything that can be wrong in a request is found here, before anything is
+trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from rfa_fast.experiments.tables.catalogue import TABLES, TableSpec
+from rfa_fast.experiments.tables.columns import check_columns, measured_metrics
+from rfa_fast.experiments.tables.pairs import PAIRS, Pair
+from rfa_fast.experiments.tables.rows import RowSpec, find_rows
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much of a pair is used; `None` keeps all of it.
+
+    Attributes:
+        limit: training samples (and at most as many of the test set), evenly spaced.
+        epochs: of Original and Retrain.
+        samples: measured per subset.
+    """
+
+    limit: int | None = None
+    epochs: int | None = None
+    samples: int | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was asked for.
+
+    Attributes:
+        tables: names of tables.
+        pairs: names of pairs.
+        scenarios: `class:NAME`, `sample:COUNT` or `keyword:WORD`; empty: each pair's own.
+        methods: names of rows; `None`: each table's own.
+        metrics: names of metrics; `None`: each table's own.
+        seeds: how many, from 0.
+        retrain_seeds: how many Retrain has, if more.
+        sizes: pair -> how much of it is used.
+        repeat: how often each sample of D_f comes, for rows that do not say.
+        overrides: method or row -> options of :func:`rfa_fast.unlearn` in place of the pair's.
+        validation: measure on a tenth of the training data, held out.
+        data: folder of the data; `None`: where it is found.
+        cache: folder of trained models and finished rows.
+    """
+
+    tables: tuple[str, ...]
+    pairs: tuple[str, ...]
+    scenarios: tuple[str, ...] = ()
+    methods: tuple[str, ...] | None = None
+    metrics: tuple[str, ...] | None = None
+    seeds: int = 3
+    retrain_seeds: int = 0
+    sizes: Mapping[str, Sizes] = field(default_factory=dict)
+    repeat: int = 1
+    overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    validation: bool = False
+    data: Path | None = None
+    cache: Path = Path()
+
+    def options(self, row: RowSpec) -> dict[str, Any]:
+        """What the user set for this row, by its method's name and by its own."""
+        return {**self.overrides.get(row.method, {}), **self.overrides.get(row.name, {})}
+
+
+@dataclass(frozen=True)
+class PlannedRow:
+    """A row as it is computed: what it is, and how many times the usual epochs it has."""
+
+    spec: RowSpec
+    epochs: int = 1
+
+    @property
+    def key(self) -> str:
+        """Equal for rows that are one run."""
+        return self.spec.identity + (f" epochs*{self.epochs}" if self.epochs != 1 else "")
+
+
+@dataclass(frozen=True)
+class Block:
+    """One table on one pair and one scenario."""
+
+    table: TableSpec
+    pair: Pair
+    scenario: str
+    rows: tuple[PlannedRow, ...]
+    metrics: tuple[str, ...]
+
+    @property
+    def kind(self) -> str:
+        """Of the scenario: `"class"`, `"sample"` or `"keyword"`."""
+        return self.scenario.partition(":")[0]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One pair, one seed: scenario -> rows; no rows where Retrain alone is wanted.
+
+    Attributes:
+        pair: its name.
+        seed: of everything drawn.
+        scenarios: scenario -> key -> row.
+        metrics: what is measured of each row.
+        retrain_only: neither Original nor methods.
+    """
+
+    pair: str
+    seed: int
+    scenarios: Mapping[str, Mapping[str, PlannedRow]]
+    metrics: tuple[str, ...]
+    retrain_only: bool = False
+
+
+def blocks_of(choice: Choice) -> list[Block]:
+    """The blocks of all tables, in the order shown.
+
+    Raises:
+        ValueError: an unknown method or metric, one that a pair's kind does not have, a scenario of no known
+            form, or nothing left to show.
+
+    Example:
+        >>> blocks = blocks_of(Choice(("table1",), ("digits/digits-net",)))
+        >>> [block.scenario for block in blocks], len(blocks[0].rows)
+        (['sample:64', 'class:3'], 7)
+    """
+    if not choice.pairs:
+        raise ValueError("pairs: got none, expected at least one pair of data and model")
+    for scenario in choice.scenarios:
+        kind, _, target = scenario.partition(":")
+        if kind not in ("class", "sample", "keyword") or not target:
+            raise ValueError(f"scenario: got {scenario!r}, expected class:NAME, sample:COUNT or keyword:WORD")
+    chosen = None if choice.methods is None else tuple(find_rows(choice.methods))
+    found: list[Block] = []
+    _check_here(chosen)
+    for table in (TABLES[name] for name in choice.tables):
+        for pair in (PAIRS[name] for name in choice.pairs):
+            if len(choice.tables) > 1 and pair.name not in table.pairs:
+                continue  # `all` asks every table for the pairs it is meant for
+            metrics = _metrics(table, pair, choice)
+            rows = tuple(PlannedRow(_repeated(row, choice), table.epochs) for row in table.row_specs(pair, chosen))
+            own = [text for kind in table.kinds for text in pair.scenarios.get(kind, ())]
+            found += [Block(table, pair, text, rows, metrics) for text in choice.scenarios or own]
+    if not found:
+        raise ValueError(
+            f"tables: {', '.join(choice.tables)} has no scenario for {', '.join(choice.pairs)}, expected other data or "
+            "--scenario"
+        )
+    return found
+
+
+def units_of(blocks: Sequence[Block], choice: Choice) -> list[Unit]:
+    """What has to be computed for the blocks, each run once however many of them show it.
+
+    Example:
+        >>> choice = Choice(("table1",), ("digits/digits-net",), seeds=1, retrain_seeds=2)
+        >>> [(unit.seed, unit.retrain_only) for unit in units_of(blocks_of(choice), choice)]
+        [(0, False), (1, True)]
+    """
+    scenarios: dict[str, dict[str, dict[str, PlannedRow]]] = {}
+    wanted: dict[str, list[str]] = {}
+    for block in blocks:
+        rows = scenarios.setdefault(block.pair.name, {}).setdefault(block.scenario, {})
+        for row in block.rows:
+            rows.setdefault(row.key, row)
+        wanted.setdefault(block.pair.name, []).extend(block.metrics)
+    units: list[Unit] = []
+    for name, rows_of in scenarios.items():
+        metrics = measured_metrics(PAIRS[name].kind, wanted[name])
+        units += [Unit(name, seed, rows_of, metrics) for seed in range(choice.seeds)]
+        alone = tuple(m for m in metrics if not m.startswith(("feature_", "activation_", "zrf")))
+        nothing: dict[str, dict[str, PlannedRow]] = {scenario: {} for scenario in rows_of}
+        extra = range(choice.seeds, max(choice.seeds, choice.retrain_seeds))
+        units += [Unit(name, seed, nothing, alone, retrain_only=True) for seed in extra]
+    return units
+
+
+def _check_here(chosen: tuple[RowSpec, ...] | None) -> None:
+    from rfa_fast.methods import METHODS
+
+    for row in chosen or ():
+        if row.method not in METHODS:
+            raise ValueError(
+                f"methods: got {row.name!r}, whose method {row.method!r} is not among {', '.join(METHODS)}"
+            )
+
+
+def _metrics(table: TableSpec, pair: Pair, choice: Choice) -> tuple[str, ...]:
+    if choice.metrics is not None:
+        return tuple(check_columns(choice.metrics, kind=pair.kind))
+    return tuple(check_columns(table.metrics, kind=pair.kind))
+
+
+def _repeated(row: RowSpec, choice: Choice) -> RowSpec:
+    if choice.repeat == 1 or row.repeat != 1:
+        return row
+    return replace(row, label=f"{row.label}, D_f × {choice.repeat}", repeat=choice.repeat)

@@ -1,0 +1,98 @@
+"""How long things took on this machine, kept beside the rows, for the forecast of the next run.
+
+Seconds per sample and pass: of training, of unlearning by each method, of measuring. They are rough
+(a batch's last samples, a checkpoint, another job on the machine are all in them), which is what a forecast
+can be. With another number of threads they say little, so each is kept under its own.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from rfa_fast.report import write_atomically
+
+if TYPE_CHECKING:
+    from rfa_fast.experiments.tables.plan import PlannedRow
+    from rfa_fast.experiments.tables.runner import Found
+
+TRAIN, MEASURE = "train", "measure"
+_WEIGHT = 0.5  # of the latest time against those before
+
+
+class Rates:
+    """The rates of one pair.
+
+    Args:
+        cache: the folder that the rows are kept in.
+        pair: its name.
+        threads: of torch; those of this process unless given.
+
+    Example:
+        >>> import tempfile
+        >>> rates = Rates(Path(tempfile.mkdtemp()), "digits/digits-net", threads=2)
+        >>> rates.note("train", seconds=3.0, passes=1500)
+        >>> rates.get("train"), rates.get("measure")
+        (0.002, None)
+    """
+
+    def __init__(self, cache: Path, pair: str, threads: int | None = None) -> None:
+        self.path = cache / "rows" / pair.replace("/", "-") / "rates.json"
+        self.threads = str(torch.get_num_threads() if threads is None else threads)
+        self._all = self._read()
+        self._values = self._all.setdefault(self.threads, {})
+        self._changed = False
+
+    def get(self, key: str) -> float | None:
+        """Seconds per sample and pass; `None` where nothing was noted."""
+        return self._values.get(key)
+
+    def note(self, key: str, seconds: float, passes: float) -> None:
+        """`passes` samples took `seconds`."""
+        if not (passes > 0 and math.isfinite(seconds) and seconds > 0):
+            return
+        latest, before = seconds / passes, self._values.get(key)
+        self._values[key] = latest if before is None else _WEIGHT * latest + (1 - _WEIGHT) * before
+        self._changed = True
+
+    def note_training(self, found: Found) -> None:
+        """The times of Original and Retrain, which their files remember."""
+        epochs = int(found.recipe.get("epochs", 1))
+        kept, forgotten = found.sizes["D_r"], found.sizes["D_f"]
+        for label, samples in (("Original", kept + forgotten), ("Retrain", kept)):
+            if label in found.rows:
+                self.note(TRAIN, found.rows[label].seconds, samples * epochs)
+
+    def note_row(self, row: PlannedRow, found: Found, key: str, seconds: float) -> None:
+        """The time of a row that was just computed: its unlearning, and what was left for measuring."""
+        unlearning = found.rows[key].seconds
+        self.note(row.spec.cost_key, unlearning, passes_of(row, found.sizes, found.options[key]))
+        self.note(MEASURE, seconds - unlearning, sum(found.measured.values()))
+
+    def save(self) -> None:
+        """Write what was noted.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        if self._changed:
+            write_atomically(self.path, json.dumps(self._all, indent=1, sort_keys=True) + "\n")
+            self._changed = False
+
+    def _read(self) -> dict[str, dict[str, float]]:
+        try:
+            values = json.loads(self.path.read_text(encoding="utf-8"))
+            return {threads: {key: float(rate) for key, rate in of.items()} for threads, of in values.items()}
+        except (OSError, ValueError, AttributeError, TypeError):
+            return {}  # none yet, or spoilt: a forecast is not worth an error
+
+
+def passes_of(row: PlannedRow, sizes: dict[str, int], options: dict[str, object]) -> float:
+    """How many samples an unlearning run goes through: D_f once, or D_r once an epoch."""
+    if row.spec.once:
+        return float(sizes["D_f"] * row.epochs)
+    return float(sizes["D_r"] * int(str(options.get("epochs", 1))))

@@ -1,0 +1,236 @@
+"""Computing the units of a plan: in this process, or in several at once, one unit each.
+
+Everything that takes time ends up on disk at once: trained models in the cache, finished rows beside them,
+an unlearning run's steps in its checkpoint. So a run that is interrupted, killed, or repeated for another
+table loses at most the row under way, and a process that computes a unit has nothing to hand back: the
+parent reads the rows it left. A row whose training runs off to infinity (NegGrad does that) has no figures and a
+sentence that says so; the table goes on.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field, replace
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset, Subset
+
+from rfa_fast.data import Split
+from rfa_fast.experiments.cache import ModelCache, Say, labels_of
+from rfa_fast.experiments.common import Experiment, Method, Row, ScenarioRun
+from rfa_fast.experiments.comparison import Request, scenario_split, title_of
+from rfa_fast.experiments.measuring import Measures, thinned
+from rfa_fast.experiments.tables.pairs import PAIRS
+from rfa_fast.experiments.tables.plan import Choice, Sizes, Unit
+from rfa_fast.experiments.tables.rates import Rates
+
+BASELINES = ("Original", "Retrain")
+SMALLEST = 2
+
+
+@dataclass
+class Found:
+    """What one seed gave on one scenario.
+
+    Attributes:
+        rows: `"Original"`, `"Retrain"`, and each row by its key.
+        failed: key -> why a row has no figures.
+        split: what was forgotten.
+        sizes: subset -> samples.
+        measured: subset -> samples measured.
+        recipe: of Original and Retrain.
+        options: key -> keyword arguments of :func:`rfa_fast.unlearn`.
+        title: the scenario in words.
+    """
+
+    rows: dict[str, Row]
+    failed: dict[str, str]
+    split: Split
+    sizes: dict[str, int]
+    measured: dict[str, int]
+    recipe: dict[str, Any]
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    title: str = ""
+
+
+class Workshop:
+    """The experiments of a process: data are read once per pair, whatever the seed.
+
+    Args:
+        choice: what was asked for.
+        say: is told what happens.
+        progress: show bars on standard error.
+    """
+
+    def __init__(self, choice: Choice, *, say: Say, progress: bool) -> None:
+        self.choice, self.say, self.progress = choice, say, progress
+        self.models = ModelCache(choice.cache, say)
+        self._data: dict[tuple[str, str], tuple[Dataset[Any], Dataset[Any]]] = {}
+        self._experiments: dict[tuple[str, int, str], Experiment] = {}
+
+    def experiment(self, pair: str, seed: int, scenario: str) -> Experiment:
+        """Data, model and recipe of a pair at the sizes of the plan.
+
+        Raises:
+            FileNotFoundError: data or model are not there; the message holds the command that brings them.
+            ValueError: a limit too small.
+        """
+        group = PAIRS[pair].group(scenario)
+        if (pair, seed, group) in self._experiments:
+            return self._experiments[pair, seed, group]
+        sizes = self.choice.sizes.get(pair, Sizes())
+        if sizes.limit is not None and sizes.limit < SMALLEST:
+            raise ValueError(f"limit: got {sizes.limit}, expected {SMALLEST} or more samples")
+        request = Request(
+            scenarios=(scenario,), seed=seed, epochs=sizes.epochs, data=self.choice.data, cache=self.choice.cache,
+            say=self.say, progress=self.progress,
+        )  # fmt: skip
+        made = PAIRS[pair].make(request)
+        if (pair, group) not in self._data:
+            held = made.on_validation() if self.choice.validation else made
+            self._data[pair, group] = (_spaced(held.train, sizes.limit), _spaced(held.test, sizes.limit))
+        train, test = self._data[pair, group]
+        name = f"{made.name}-validation" if self.choice.validation else made.name
+        found = replace(made, name=name, train=train, test=test)
+        self._experiments[pair, seed, group] = found
+        return found
+
+    def scenario(self, unit: Unit, scenario: str) -> ScenarioRun:
+        """One scenario of a unit, ready to be computed.
+
+        Raises:
+            ValueError: a class or keyword that is not there, or a subset that would be empty.
+        """
+        experiment = self.experiment(unit.pair, unit.seed, scenario)
+        split = scenario_split(experiment, scenario, unit.seed)
+        measures = Measures(unit.metrics, self.choice.sizes.get(unit.pair, Sizes()).samples)
+        folder = self.choice.cache / "rows" / unit.pair.replace("/", "-")
+        return ScenarioRun(
+            experiment, split, cache=self.models, output=folder, say=self.say, progress=self.progress,
+            measures=measures, shared=True,
+        )  # fmt: skip
+
+    def methods(self, unit: Unit, scenario: str, run: ScenarioRun) -> dict[str, Method]:
+        """Key -> the unlearning run that it stands for."""
+        pair, kind = PAIRS[unit.pair], scenario.partition(":")[0]
+        forgotten = len(run.subsets["D_f"])
+        found: dict[str, Method] = {}
+        for key, row in unit.scenarios[scenario].items():
+            options = row.spec.keywords(
+                pair, kind, forgotten * row.spec.repeat, unit.seed, row.epochs, self.choice.options(row.spec)
+            )
+            found[key] = Method(f"seed {unit.seed} {key}", options, row.spec.repeat)
+        return found
+
+    def compute(self, unit: Unit) -> dict[str, Found]:
+        """Every row of a unit, those finished earlier read: scenario -> figures."""
+        rates = Rates(self.choice.cache, unit.pair)
+        return {scenario: self._compute(unit, scenario, rates) for scenario in unit.scenarios}
+
+    def _compute(self, unit: Unit, scenario: str, rates: Rates) -> Found:
+        run = self.scenario(unit, scenario)
+        methods = self.methods(unit, scenario, run)
+        self.say(f"{unit.pair}, seed {unit.seed}: {title_of(run.split)}")
+        found = Found(
+            {}, {}, run.split, {name: len(labels_of(subset)) for name, subset in run.subsets.items()},
+            {name: len(subset) for name, subset in run.measured.items()}, dict(run.experiment.recipe),
+            {key: dict(method.options) for key, method in methods.items()}, title_of(run.split),
+        )  # fmt: skip
+        for label in BASELINES[1:] if unit.retrain_only else BASELINES:
+            found.rows[label] = run.baseline(label)  # type: ignore[arg-type]
+        rates.note_training(found)
+        for key, method in methods.items():
+            pending = bool(run.pending((), [method])[0])
+            begun = time.perf_counter()
+            try:
+                found.rows[key] = run.unlearned(method)
+            except FloatingPointError as error:
+                found.failed[key] = str(error)
+                self.say(f"{key}, seed {unit.seed}: no figures, {error}")
+                continue
+            if pending:
+                rates.note_row(unit.scenarios[scenario][key], found, key, time.perf_counter() - begun)
+        rates.save()
+        return found
+
+
+def compute(
+    units: Sequence[Unit],
+    choice: Choice,
+    *,
+    jobs: int = 1,
+    threads: int | None = None,
+    say: Say = print,
+    progress: bool = True,
+    workshop: Workshop | None = None,
+) -> dict[tuple[str, int, str], Found]:
+    """All units: (pair, seed, scenario) -> figures.
+
+    Args:
+        units: in the order computed.
+        choice: what was asked for.
+        jobs: processes at a time; 1 computes here.
+        threads: of torch in each process; `None`: the machine's, divided among the jobs. Figures are the
+            same whatever `jobs` is as long as `threads` is: sums are taken in another order by another number.
+        say: is told what happens, a sentence each.
+        progress: show bars; with several jobs none are shown.
+        workshop: data already read.
+
+    Raises:
+        ValueError: jobs or threads below 1, and what a unit raises.
+        OSError: the cache cannot be written.
+    """
+    for name, value in (("jobs", jobs), ("threads", threads)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name}: got {value!r}, expected an integer >= 1")
+    each = threads if threads is not None else max(1, torch.get_num_threads() // jobs)
+    if jobs > 1 and len(units) > 1:
+        _in_processes(units, choice, min(jobs, len(units)), each, say)
+    shop = workshop or Workshop(choice, say=say, progress=progress)
+    before = torch.get_num_threads()
+    torch.set_num_threads(each)
+    try:
+        return {
+            (unit.pair, unit.seed, scenario): found for unit in units for scenario, found in shop.compute(unit).items()
+        }
+    finally:
+        torch.set_num_threads(before)
+
+
+def _in_processes(units: Sequence[Unit], choice: Choice, jobs: int, threads: int, say: Say) -> None:
+    """Have every unit computed by some process; what they found is on disk."""
+    executor = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"))
+    try:
+        waiting = {executor.submit(_work, unit, choice, threads): unit for unit in units}
+        for done in as_completed(waiting):
+            unit = waiting[done]
+            if not done.result():
+                raise KeyboardInterrupt
+            say(f"{unit.pair}, seed {unit.seed}: finished")
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _work(unit: Unit, choice: Choice, threads: int) -> bool:
+    """One unit in a process of its own; false when it was interrupted, which an exception could not say whole."""
+
+    def say(text: str) -> None:
+        sys.stderr.write(f"[{unit.pair}, seed {unit.seed}] {text}\n")
+
+    torch.set_num_threads(threads)
+    try:
+        Workshop(choice, say=say, progress=False).compute(unit)
+    except KeyboardInterrupt:
+        return False
+    return True
+
+
+def _spaced(dataset: Dataset[Any], limit: int | None) -> Dataset[Any]:
+    """At most `limit` samples, evenly spaced, so that data in the order of its classes keeps them all."""
+    size = len(labels_of(dataset))
+    return dataset if limit is None or limit >= size else Subset(dataset, thinned(range(size), limit))
