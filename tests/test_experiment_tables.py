@@ -27,7 +27,7 @@ from rfa_fast.experiments.tables.presence import missing
 from rfa_fast.experiments.tables.rates import Rates
 from rfa_fast.experiments.tables.results import block_result, gap_summaries
 from rfa_fast.experiments.tables.rows import ROWS
-from rfa_fast.experiments.tables.runner import Found
+from rfa_fast.experiments.tables.runner import Found, Place
 from rfa_fast.experiments.tables.scenarios import block_scenario, summary_scenario
 from rfa_fast.methods import METHODS
 from rfa_fast.report import RunReport
@@ -148,7 +148,7 @@ def accuracy(seconds: float, r: float, f: float, t: float) -> Row:
 
 
 @pytest.fixture
-def two_seeds() -> tuple[Block, dict[tuple[str, int, str], Found]]:
+def two_seeds() -> tuple[Block, dict[Place, Found]]:
     """A block with Finetune, SCRUB without figures in the second seed, RFA; and Retrain in a third seed alone."""
     names = ("finetune", "scrub", "rfa-teacher")
     rows = tuple(PlannedRow(ROWS[name]) for name in names)
@@ -165,7 +165,9 @@ def two_seeds() -> tuple[Block, dict[tuple[str, int, str], Found]]:
     recipe = {"epochs": 2, "lr": 1e-3, "batch_size": 32}
     split = split_by_sample(100, 20, 4)
     return block, {
-        (DIGITS, seed, "sample:4"): Found(found, failed, split, sizes, {**sizes, "D_r": 50}, recipe, {}, "forget 4")
+        Place(DIGITS, seed, "sample:4"): Found(
+            found, failed, split, sizes, {**sizes, "D_r": 50}, recipe, {}, "forget 4"
+        )
         for seed, (found, failed) in enumerate(given)
     }
 
@@ -225,7 +227,7 @@ def test_a_distance_to_retrain_is_its_own_gap() -> None:
              "finetune": row(1, D_f__activation_distance_squared=0.3)}  # fmt: skip
     split = split_by_sample(100, 20, 4)
     sizes, recipe = {"D_r": 1, "D_f": 1, "D_t": 1}, {"epochs": 1, "lr": 1.0, "batch_size": 1}
-    result = block_result(block, {(DIGITS, 0, "sample:4"): Found(found, {}, split, sizes, sizes, recipe)})
+    result = block_result(block, {Place(DIGITS, 0, "sample:4"): Found(found, {}, split, sizes, sizes, recipe)})
     assert result.rows[0].gaps["D_f/activation_distance_squared"].mean == 0.3
     assert result.rows[0].paper["D_f/activation_distance_squared"] == 0.04
 
@@ -236,7 +238,7 @@ def test_sweeps_are_drawn_over_their_values() -> None:
     found["Retrain"] = accuracy(1, 1, 0.5, 0.9)
     sizes, recipe = {"D_r": 1, "D_f": 1, "D_t": 1}, {"epochs": 1, "lr": 1.0, "batch_size": 1}
     split = split_by_sample(100, 20, 4)
-    result = block_result(block, {(DIGITS, 0, block.scenario): Found(found, {}, split, sizes, sizes, recipe)})
+    result = block_result(block, {Place(DIGITS, 0, block.scenario): Found(found, {}, split, sizes, sizes, recipe)})
     chart = block_scenario(result).charts[0]
     assert chart.x == ["0.1", "0.3", "0.5", "0.7", "0.9"]
     assert chart.series["D_f"] == pytest.approx([0.9, 0.8, 0.7, 0.6, 0.5])

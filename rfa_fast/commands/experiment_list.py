@@ -7,7 +7,7 @@ from rich.text import Text
 
 from rfa_fast.commands.info import _table
 from rfa_fast.experiments.tables.catalogue import TABLES
-from rfa_fast.experiments.tables.columns import QUOTIENT
+from rfa_fast.experiments.tables.columns import DERIVED
 from rfa_fast.experiments.tables.pairs import PAIRS
 from rfa_fast.experiments.tables.presence import all_missing
 from rfa_fast.experiments.tables.rows import ALIASES, ROWS
@@ -40,4 +40,4 @@ def print_list(console: Console) -> None:
         )  # fmt: skip
     console.print(pairs, "")
     console.print(Text("Methods: ", style="bold"), ", ".join((*ROWS, *ALIASES)), sep="")
-    console.print(Text("Metrics: ", style="bold"), ", ".join((*METRICS, QUOTIENT)), sep="")
+    console.print(Text("Metrics: ", style="bold"), ", ".join((*METRICS, *DERIVED)), sep="")

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from rfa_fast.data import Repeated, Split, collate, collate_text, validation_split
 from rfa_fast.experiments.cache import ModelCache, Say, Trained, fingerprint, labels_of, settings_key
 from rfa_fast.experiments.cells import CellStore, slug
-from rfa_fast.experiments.measuring import FEATURE_ITEMS, Measures
+from rfa_fast.experiments.measuring import FEATURE_ITEMS, Measures, lasting_figures
 from rfa_fast.experiments.measuring import bar as bar
 from rfa_fast.experiments.measuring import thinned as thinned
 from rfa_fast.methods import train, unlearn
@@ -174,7 +174,8 @@ class ScenarioRun:
 
         def run() -> Row:
             trained = self.original if label == "Original" else self.retrain
-            return self._measured(trained.model, trained.seconds, label)
+            lasting = self._lasting(trained.model, None)
+            return self._measured(trained.model, trained.seconds, label, lasting=lasting)
 
         return self.cells.get(f"{self.name}-{label}", self._baseline_settings(label), Row, run)
 
@@ -186,13 +187,20 @@ class ScenarioRun:
         def run() -> Row:
             model = copy.deepcopy(self.original.model)
             forget = self.subsets["D_f"]
+            options = dict(method.options)
+            if self.measures is not None and self.measures.lasting and options.get("method", "rfa") == "rfa":
+                options["merge"] = False  # with live adapters there are more states to look at
             with measure() as cost:
                 result = unlearn(
                     model, forget if method.repeat == 1 else Repeated(forget, method.repeat), self.subsets["D_r"],
                     output_dir=folder, resume=folder is not None and folder.exists(), progress=self.progress,
-                    **method.options,
+                    **options,
                 )  # fmt: skip
-            row = self._measured(model, float(result.record["training"]["seconds"]), method.label, cost.peak_bytes)
+            lasting = self._lasting(model, result.rfa)
+            if result.rfa is not None:
+                result.rfa.merge()
+            seconds = float(result.record["training"]["seconds"])
+            row = self._measured(model, seconds, method.label, cost.peak_bytes, lasting)
             row = replace(row, losses=[_numbers(step) for step in result.history])
             if self.measures is not None:
                 return row
@@ -269,7 +277,20 @@ class ScenarioRun:
         measures = {} if self.measures is None else {"measures": self.measures.settings()}
         return {**more, "split": self.split.digest(), **measures}
 
-    def _measured(self, model: nn.Module, seconds: float, label: str, peak_bytes: int | None = None) -> Row:
+    def _lasting(self, model: nn.Module, handle: Any) -> dict[str, float]:
+        """How the forgetting lasts, where that is measured."""
+        if self.measures is None or not self.measures.lasting:
+            return {}
+        return lasting_figures(model, self.subsets, self.experiment.recipe, handle, bars=self.progress)
+
+    def _measured(
+        self,
+        model: nn.Module,
+        seconds: float,
+        label: str,
+        peak_bytes: int | None = None,
+        lasting: Mapping[str, float] | None = None,
+    ) -> Row:
         """Every figure that one pass per subset gives."""
         seed = int(self.experiment.recipe.get("seed", 0))
         references = None
@@ -281,13 +302,13 @@ class ScenarioRun:
         if label == "Retrain" and self.experiment.kind != "language":
             self._known = {name: item.predictions for name, item in result.items()}
         language = self.experiment.kind == "language"
-        distance: dict[str, dict[str, float]] = {}
+        distance = {
+            name: found.to_original
+            for name in ("D_r", "D_f")
+            if (found := result[name].distances) is not None and found.to_original
+        }
         if self.measures is not None:
-            figures = self.measures.figures(result, seconds, peak_bytes, seed)
-            for name in ("D_r", "D_f"):
-                found = result[name].distances
-                if found is not None and found.to_original:
-                    distance[name] = found.to_original
+            figures = self.measures.figures(result, seconds, peak_bytes, seed) | dict(lasting or {})
         else:
             figures = {f"{name}/accuracy" if language else name: item.accuracy for name, item in result.items()}
             if language:

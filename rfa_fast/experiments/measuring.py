@@ -19,6 +19,7 @@ from torch.utils.data import Subset
 
 from rfa_fast.metrics import METRICS, Cost, Predictions, References, SplitResult, read_metrics
 from rfa_fast.metrics.meters import TokenReduction
+from rfa_fast.patching import RFA
 from rfa_fast.targets import select
 
 _CONFIDENCES = 2000  # per group: enough for a histogram of 25 bins
@@ -34,6 +35,8 @@ class Measures:
         metrics: names of :data:`rfa_fast.metrics.METRICS`.
         samples: at most so many of each subset; `None`: all.
         tokens: what becomes of a text's tokens in activation distance.
+        lasting: whether D_f is measured again after quantisation, fine-tuning and relearning, see
+            :func:`rfa_fast.experiments.persistence.persistence`.
 
     Raises:
         ValueError: an unknown metric.
@@ -42,6 +45,7 @@ class Measures:
     metrics: tuple[str, ...]
     samples: int | None = None
     tokens: TokenReduction = "mean"
+    lasting: bool = False
 
     def __post_init__(self) -> None:
         if unknown := [name for name in self.metrics if name not in METRICS]:
@@ -49,7 +53,7 @@ class Measures:
 
     def settings(self) -> dict[str, Any]:
         """What shapes the figures, JSON-safe."""
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name != "lasting" or value}
 
     def need(self, what: str) -> bool:
         """Whether a metric needs `what`, `"retrained"` say."""
@@ -100,6 +104,27 @@ class Measures:
         cost = Cost(seconds, peak_bytes, "measured" if peak_bytes is not None else "unknown")
         figures = read_metrics(result, self.metrics, cost=cost, seed=seed)
         return {name: float(value) if value is not None else math.nan for name, value in figures.items()}
+
+
+def lasting_figures(
+    model: nn.Module, subsets: Mapping[str, Any], recipe: Mapping[str, Any], handle: RFA | None, *, bars: bool
+) -> dict[str, float]:
+    """Accuracy on D_f in the states that a released model meets, by `"4-bit/forget_accuracy"` and so on.
+
+    What trains it again is an epoch at the recipe's own rate and batch size, the likeliest fine-tuning of all.
+
+    Args:
+        model: unlearned; left as it was.
+        subsets: with `"D_r"` and `"D_f"`.
+        recipe: of the Original.
+        handle: the adapters, where they are still live.
+        bars: show progress.
+    """
+    from rfa_fast.experiments.persistence import persistence
+
+    options = {name: recipe[name] for name in ("lr", "batch_size", "weight_decay") if name in recipe}
+    seed = int(recipe.get("seed", 0))
+    return persistence(model, subsets, handle=handle, seed=seed, train_options=options, bars=bars).flat()
 
 
 def adapted_layers(model: nn.Module) -> list[str]:

@@ -1,8 +1,8 @@
 """Each table and figure of the paper as a configuration: pairs, scenarios, rows, metrics.
 
 What a table compares is here and nowhere else; how it is computed, averaged and written is the same for all
-of them. Beside the paper's there are two more that its tables leave open: residual against teacher mode under both
-norms, and the rank.
+of them. Beside the paper's there are three that its tables leave open: residual against teacher mode under both
+norms, the rank, and whether what was forgotten stays so.
 """
 
 from __future__ import annotations
@@ -182,6 +182,11 @@ _ALL = (
     TableSpec("rank", "", "Rank of the adapters", (*_IMAGE, *_TEXT, *_LANGUAGE), _BOTH, ("rfa-residual",),
               ("accuracy", "mia_svm"),
               sweep=Sweep("rank", MappingProxyType(dict.fromkeys((1, 4, 8, 16, 64), "")), "rank ")),
+    TableSpec("persistence", "", "Does it stay forgotten?", (*_IMAGE, *_TEXT, *_LANGUAGE), _BOTH,
+              tuple(dict.fromkeys((*_MAIN, *_WRITING))), ("persistence",),
+              notes=("Accuracy on D_f after rounding the weights, after an epoch of training on D_r, and, on the nine "
+                     "tenths that it does not see, after training on a tenth of D_f; live: adapters not merged, the "
+                     "frozen weights alone rounded.",)),
 )  # fmt: skip
 
 TABLES: Mapping[str, TableSpec] = MappingProxyType({table.name: table for table in _ALL})

@@ -1,8 +1,8 @@
 """The columns of the tables: which figures a metric gives on which subsets, and how they are shown.
 
 A figure is called as :func:`rfa_fast.metrics.read_metrics` calls it: `"D_f/accuracy"` for one of a subset,
-`"mia_svm"` for one of a split. One column is derived and not measured: `"seconds/finetune"`, the quotient
-that Table XII is read for.
+`"mia_svm"` for one of a split. Two names are none of :data:`rfa_fast.metrics.METRICS`: `"seconds/finetune"`, the
+quotient that Table XII is read for, and `"persistence"`, accuracy on D_f in the states that a released model meets.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from collections.abc import Iterable, Sequence
 from rfa_fast.metrics import METRICS, check_metrics
 from rfa_fast.report import Metric, standard_metric
 
-QUOTIENT = "seconds/finetune"
+QUOTIENT, LASTING = "seconds/finetune", "persistence"
+DERIVED = (QUOTIENT, LASTING)
 
 SAMPLE_SUBSETS, CLASS_SUBSETS = ("D_r", "D_f", "D_t"), ("D_r", "D_f", "D_rt", "D_ft")
 
@@ -27,6 +28,16 @@ _PER_SUBSET = {
     "feature_distance_1": ("Feature distance to Original", "", "closer to Retrain", 2, None),
     "feature_distance_2": ("Feature distance to Retrain", "", "lower", 2, None),
     "zrf": ("ZRF", "", "closer to Retrain", 3, 0.05),
+}
+_STATES = {
+    "merged/forget_accuracy": "on D_f, adapters merged",
+    "live/forget_accuracy": "the same with adapters beside the frozen weights",
+    "8-bit/forget_accuracy": "after rounding the weights to 8 bits",
+    "8-bit live/forget_accuracy": "after rounding the frozen weights alone to 8 bits",
+    "4-bit/forget_accuracy": "after rounding the weights to 4 bits",
+    "4-bit live/forget_accuracy": "after rounding the frozen weights alone to 4 bits",
+    "finetuned/forget_accuracy": "after an epoch of training on D_r",
+    "relearnt/forget_unseen_accuracy": "after training on a tenth of D_f, on the other nine tenths",
 }
 _PER_SPLIT = {
     "mia_svm": "MIA SVM",
@@ -52,10 +63,10 @@ def check_columns(names: Iterable[str], *, kind: str | None = None) -> list[str]
         ['accuracy', 'seconds/finetune']
     """
     wanted = list(dict.fromkeys(names))
-    if unknown := [name for name in wanted if name not in METRICS and name != QUOTIENT]:
-        raise ValueError(f"metrics: got {unknown[0]!r}, expected some of {', '.join((*METRICS, QUOTIENT))}")
+    if unknown := [name for name in wanted if name not in METRICS and name not in DERIVED]:
+        raise ValueError(f"metrics: got {unknown[0]!r}, expected some of {', '.join((*METRICS, *DERIVED))}")
     task = None if kind is None else "language" if kind == "language" else "classification"
-    check_metrics([name for name in wanted if name != QUOTIENT], kind=task)  # type: ignore[arg-type]
+    check_metrics([name for name in wanted if name not in DERIVED], kind=task)  # type: ignore[arg-type]
     return wanted
 
 
@@ -72,7 +83,7 @@ def measured_metrics(kind: str, wanted: Iterable[str] = ()) -> tuple[str, ...]:
     names += ["feature_distance_2", "mia_svm", "mia_logistic", "mia_auc", "seconds", "peak_mib"]
     if kind == "language":
         names += ["token_accuracy", "perplexity"]
-    names += sorted(name for name in wanted if name != QUOTIENT and name not in names)
+    names += sorted({name for name in wanted if name not in DERIVED} - set(names))
     return tuple(names)
 
 
@@ -92,6 +103,11 @@ def columns(metrics: Sequence[str], subsets: Sequence[str]) -> list[Metric]:
             found.append(Metric(name, "Seconds", better="lower", digits=1, about=METRICS[name].description))
         elif name == "peak_mib":
             found.append(Metric(name, "Peak MiB", better="lower", digits=0, about=METRICS[name].description))
+        elif name == LASTING:
+            found += [
+                Metric(key, key.partition("/")[0], "%", group="Accuracy on D_f", about=about)
+                for key, about in _STATES.items()
+            ]
         elif name == QUOTIENT:
             found.append(Metric(name, "× Finetune", better="lower", digits=2, about="its time over Finetune's"))
         else:
@@ -103,9 +119,11 @@ def metric_of(key: str) -> str:
     """The metric that a column shows.
 
     Example:
-        >>> metric_of("D_f/accuracy"), metric_of("mia_svm"), metric_of("seconds/finetune")
-        ('accuracy', 'mia_svm', 'seconds/finetune')
+        >>> [metric_of(key) for key in ("D_f/accuracy", "mia_svm", "seconds/finetune", "4-bit/forget_accuracy")]
+        ['accuracy', 'mia_svm', 'seconds/finetune', 'persistence']
     """
+    if key in _STATES:
+        return LASTING
     return key if key == QUOTIENT else key.rpartition("/")[2]
 
 

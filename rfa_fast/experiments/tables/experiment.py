@@ -13,7 +13,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from rfa_fast.experiments.cache import Say
+from rfa_fast.experiments.cells import slug
 from rfa_fast.experiments.comparison import command_line, deliver, machine
 from rfa_fast.experiments.tables.budget import Forecaster, words
 from rfa_fast.experiments.tables.catalogue import TABLES, TableSpec
@@ -22,7 +25,7 @@ from rfa_fast.experiments.tables.pairs import PAIRS, Pair, find_pairs
 from rfa_fast.experiments.tables.plan import Block, Choice, Sizes, Unit, blocks_of, units_of
 from rfa_fast.experiments.tables.presence import all_missing
 from rfa_fast.experiments.tables.results import BlockResult, block_result, gap_summaries
-from rfa_fast.experiments.tables.runner import Found, Workshop, compute
+from rfa_fast.experiments.tables.runner import Found, Place, Workshop, compute
 from rfa_fast.experiments.tables.scenarios import block_scenario, summary_scenario
 from rfa_fast.report import RunReport, write_atomically
 
@@ -86,8 +89,10 @@ def run(
         choice: what was asked for.
         output: folder for `table.csv`, `table.md`, `table.tex`, `report.html`, `report.json`, `table.txt` and the
             splits; with several tables, a folder of each in it. Earlier files are replaced.
-        budget: seconds that the plan may take; sizes are chosen so that it does.
-        jobs, threads: see :func:`rfa_fast.experiments.tables.runner.compute`.
+        budget: seconds that the plan may take; sizes are chosen for it.
+        jobs: seeds computed at a time, each in a process.
+        threads: of torch in each process; `None`: this process's, divided among the jobs. Figures are the same
+            whatever `jobs` is as long as `threads` is: sums are taken in another order by another number.
         forecast_only: stop after the forecast.
         say: is told what happens, a sentence each.
         progress: show bars on standard error.
@@ -100,8 +105,30 @@ def run(
         FileNotFoundError: data or a model is not there.
         OSError: output or cache cannot be written.
     """
+    for name, value in (("jobs", jobs), ("threads", threads)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name}: got {value!r}, expected an integer >= 1")
     blocks = blocks_of(choice)
     units = units_of(blocks, choice)
+    before, jobs = torch.get_num_threads(), min(jobs, len(units))
+    torch.set_num_threads(threads if threads is not None else max(1, before // jobs))
+    try:
+        return _run(choice, blocks, units, output, budget, jobs, forecast_only, say, progress)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _run(
+    choice: Choice,
+    blocks: Sequence[Block],
+    units: Sequence[Unit],
+    output: Path,
+    budget: float | None,
+    jobs: int,
+    forecast_only: bool,
+    say: Say,
+    progress: bool,
+) -> list[RunReport]:
     shop = Workshop(choice, say=_unsaid, progress=progress)
     _check(units, shop)
     forecaster = Forecaster(units, choice, shop)
@@ -113,15 +140,16 @@ def run(
     for line in size_lines(choice, forecaster):
         say(line)
     estimate = forecaster.estimate()
+    several = f", {jobs} seeds at a time," if jobs > 1 else ""
     finished = f"; {estimate.finished} rows are finished" if estimate.finished else ""
     say(
-        f"Forecast: {words(estimate.seconds)} for {estimate.rows} rows and {estimate.models} trained models, "
-        f"{estimate.source}{finished}."
+        f"Forecast: {words(estimate.seconds / jobs)}{several} for {estimate.rows} rows and {estimate.models} trained "
+        f"models, {estimate.source}{finished}."
     )
     if forecast_only:
         return []
     shop.say = shop.models.say = say
-    computed = compute(units, choice, jobs=jobs, threads=threads, say=say, progress=progress, workshop=shop)
+    computed = compute(units, choice, jobs=jobs, say=say, progress=progress, workshop=shop)
     _save_splits(computed, output)
     reports = []
     for name in choice.tables:
@@ -194,17 +222,16 @@ def _within_budget(
     return sizes
 
 
-def _save_splits(computed: Mapping[tuple[str, int, str], Found], output: Path) -> None:
-    from rfa_fast.experiments.cells import slug
-
-    for (pair, seed, scenario), found in computed.items():
-        found.split.save(output / SPLITS / f"{slug(f'{pair} {scenario} seed {seed}')}.json", overwrite=True)
+def _save_splits(computed: Mapping[Place, Found], output: Path) -> None:
+    for at, found in computed.items():
+        name = slug(f"{at.pair} {at.scenario} seed {at.seed}")
+        found.split.save(output / SPLITS / f"{name}.json", overwrite=True)
 
 
 def _deliver(
     table: TableSpec,
     blocks: Sequence[Block],
-    computed: Mapping[tuple[str, int, str], Found],
+    computed: Mapping[Place, Found],
     choice: Choice,
     folder: Path,
     say: Say,

@@ -160,8 +160,7 @@ def _gap_cells(summary: GapSummary, label: str) -> list[str]:
     gap = summary.gaps[label]
     if math.isnan(gap):
         return ["–", "–"]
-    percent = summary.metric in ("accuracy", "token_accuracy")
-    return [f"{100 * gap:.2f} points" if percent else f"{gap:.3f}", str(summary.ranks[label])]
+    return [f"{100 * gap:.2f} points" if summary.percent else f"{gap:.3f}", str(summary.ranks[label])]
 
 
 def _head(column: Metric) -> str:

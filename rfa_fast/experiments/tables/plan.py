@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rfa_fast.experiments.tables.catalogue import TABLES, TableSpec
-from rfa_fast.experiments.tables.columns import check_columns, measured_metrics
+from rfa_fast.experiments.tables.columns import LASTING, check_columns, measured_metrics
 from rfa_fast.experiments.tables.pairs import PAIRS, Pair
 from rfa_fast.experiments.tables.rows import RowSpec, find_rows
 
@@ -97,6 +97,11 @@ class Block:
     metrics: tuple[str, ...]
 
     @property
+    def lasting(self) -> bool:
+        """Whether it shows how the forgetting lasts, which costs every row another epoch and more."""
+        return LASTING in self.metrics
+
+    @property
     def kind(self) -> str:
         """Of the scenario: `"class"`, `"sample"` or `"keyword"`."""
         return self.scenario.partition(":")[0]
@@ -112,6 +117,7 @@ class Unit:
         scenarios: scenario -> key -> row.
         metrics: what is measured of each row.
         retrain_only: neither Original nor methods.
+        lasting: whether D_f is measured again after rounding and training.
     """
 
     pair: str
@@ -119,6 +125,7 @@ class Unit:
     scenarios: Mapping[str, Mapping[str, PlannedRow]]
     metrics: tuple[str, ...]
     retrain_only: bool = False
+    lasting: bool = False
 
 
 def blocks_of(choice: Choice) -> list[Block]:
@@ -166,21 +173,21 @@ def units_of(blocks: Sequence[Block], choice: Choice) -> list[Unit]:
         >>> [(unit.seed, unit.retrain_only) for unit in units_of(blocks_of(choice), choice)]
         [(0, False), (1, True)]
     """
-    scenarios: dict[str, dict[str, dict[str, PlannedRow]]] = {}
+    scenarios: dict[tuple[str, bool], dict[str, dict[str, PlannedRow]]] = {}
     wanted: dict[str, list[str]] = {}
     for block in blocks:
-        rows = scenarios.setdefault(block.pair.name, {}).setdefault(block.scenario, {})
+        rows = scenarios.setdefault((block.pair.name, block.lasting), {}).setdefault(block.scenario, {})
         for row in block.rows:
             rows.setdefault(row.key, row)
         wanted.setdefault(block.pair.name, []).extend(block.metrics)
     units: list[Unit] = []
-    for name, rows_of in scenarios.items():
+    for (name, lasting), rows_of in scenarios.items():
         metrics = measured_metrics(PAIRS[name].kind, wanted[name])
-        units += [Unit(name, seed, rows_of, metrics) for seed in range(choice.seeds)]
+        units += [Unit(name, seed, rows_of, metrics, lasting=lasting) for seed in range(choice.seeds)]
         alone = tuple(m for m in metrics if not m.startswith(("feature_", "activation_", "zrf")))
         nothing: dict[str, dict[str, PlannedRow]] = {scenario: {} for scenario in rows_of}
         extra = range(choice.seeds, max(choice.seeds, choice.retrain_seeds))
-        units += [Unit(name, seed, nothing, alone, retrain_only=True) for seed in extra]
+        units += [Unit(name, seed, nothing, alone, retrain_only=True, lasting=lasting) for seed in extra]
     return units
 
 

@@ -15,6 +15,7 @@ from rfa_fast.experiments.tables.aggregate import Summary, gaps, mean_absolute_g
 from rfa_fast.experiments.tables.columns import (
     CLASS_SUBSETS,
     DISTANCES,
+    LASTING,
     QUOTIENT,
     SAMPLE_SUBSETS,
     columns,
@@ -23,7 +24,7 @@ from rfa_fast.experiments.tables.columns import (
 from rfa_fast.experiments.tables.pairs import recipe_kind, recipe_words
 from rfa_fast.experiments.tables.paper_figures import Figures, paper_figures
 from rfa_fast.experiments.tables.plan import Block
-from rfa_fast.experiments.tables.runner import Found
+from rfa_fast.experiments.tables.runner import Found, Place
 from rfa_fast.report import Metric
 
 NO_GAP = ("seconds", QUOTIENT, "peak_mib")
@@ -122,15 +123,15 @@ class BlockResult:
         return found
 
 
-def block_result(block: Block, computed: Mapping[tuple[str, int, str], Found]) -> BlockResult:
+def block_result(block: Block, computed: Mapping[Place, Found]) -> BlockResult:
     """The figures of a block.
 
     Args:
         block: one of the plan.
-        computed: (pair, seed, scenario) -> figures.
+        computed: what the units of the plan gave.
     """
-    founds = {seed: found for (pair, seed, text), found in computed.items()
-              if pair == block.pair.name and text == block.scenario}  # fmt: skip
+    wanted = (block.pair.name, block.scenario, block.lasting)
+    founds = {at.seed: found for at, found in computed.items() if (at.pair, at.scenario, at.lasting) == wanted}
     first = next(iter(founds.values()))
     subsets = SAMPLE_SUBSETS if "D_t" in first.sizes else CLASS_SUBSETS
     shown = columns(block.metrics, subsets)
@@ -200,6 +201,11 @@ class GapSummary:
     gaps: dict[str, float]
     ranks: dict[str, int]
     columns: int
+
+    @property
+    def percent(self) -> bool:
+        """Whether the gap is a fraction that is shown in points."""
+        return self.metric in ("accuracy", "token_accuracy", LASTING)
 
 
 def gap_summaries(results: Sequence[BlockResult]) -> list[GapSummary]:

@@ -98,7 +98,8 @@ class RowSpec:
         if self.once:
             size = found.get("batch_size") or (128 if pair.kind == "image" else 32)
             each = min(max(1, size - 1), forgotten)
-            found |= {"forget_per_batch": each, "max_steps": -(-forgotten // each) * found.pop("epochs", 1)}
+            steps = -(-forgotten // each) * found.pop("epochs", 1)
+            found = {**found, "forget_per_batch": each, "max_steps": found.get("max_steps", steps)}
         return {"method": self.method, **found}
 
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import Dataset, Subset
@@ -31,6 +31,15 @@ from rfa_fast.experiments.tables.rates import Rates
 
 BASELINES = ("Original", "Retrain")
 SMALLEST = 2
+
+
+class Place(NamedTuple):
+    """What figures are of: pair, seed, scenario, and whether they say how the forgetting lasts."""
+
+    pair: str
+    seed: int
+    scenario: str
+    lasting: bool = False
 
 
 @dataclass
@@ -108,7 +117,8 @@ class Workshop:
         """
         experiment = self.experiment(unit.pair, unit.seed, scenario)
         split = scenario_split(experiment, scenario, unit.seed)
-        measures = Measures(unit.metrics, self.choice.sizes.get(unit.pair, Sizes()).samples)
+        samples = self.choice.sizes.get(unit.pair, Sizes()).samples
+        measures = Measures(unit.metrics, samples, lasting=unit.lasting)
         folder = self.choice.cache / "rows" / unit.pair.replace("/", "-")
         return ScenarioRun(
             experiment, split, cache=self.models, output=folder, say=self.say, progress=self.progress,
@@ -164,42 +174,32 @@ def compute(
     choice: Choice,
     *,
     jobs: int = 1,
-    threads: int | None = None,
     say: Say = print,
     progress: bool = True,
     workshop: Workshop | None = None,
-) -> dict[tuple[str, int, str], Found]:
-    """All units: (pair, seed, scenario) -> figures.
+) -> dict[Place, Found]:
+    """All units, by what each is of.
 
     Args:
         units: in the order computed.
         choice: what was asked for.
-        jobs: processes at a time; 1 computes here.
-        threads: of torch in each process; `None`: the machine's, divided among the jobs. Figures are the
-            same whatever `jobs` is as long as `threads` is: sums are taken in another order by another number.
+        jobs: processes at a time, each with as many threads as this one; 1 computes here.
         say: is told what happens, a sentence each.
         progress: show bars; with several jobs none are shown.
         workshop: data already read.
 
     Raises:
-        ValueError: jobs or threads below 1, and what a unit raises.
+        ValueError: what a unit raises.
         OSError: the cache cannot be written.
     """
-    for name, value in (("jobs", jobs), ("threads", threads)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ValueError(f"{name}: got {value!r}, expected an integer >= 1")
-    each = threads if threads is not None else max(1, torch.get_num_threads() // jobs)
     if jobs > 1 and len(units) > 1:
-        _in_processes(units, choice, min(jobs, len(units)), each, say)
+        _in_processes(units, choice, jobs, torch.get_num_threads(), say)
     shop = workshop or Workshop(choice, say=say, progress=progress)
-    before = torch.get_num_threads()
-    torch.set_num_threads(each)
-    try:
-        return {
-            (unit.pair, unit.seed, scenario): found for unit in units for scenario, found in shop.compute(unit).items()
-        }
-    finally:
-        torch.set_num_threads(before)
+    return {
+        Place(unit.pair, unit.seed, scenario, unit.lasting): found
+        for unit in units
+        for scenario, found in shop.compute(unit).items()
+    }
 
 
 def _in_processes(units: Sequence[Unit], choice: Choice, jobs: int, threads: int, say: Say) -> None:

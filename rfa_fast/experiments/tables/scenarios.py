@@ -8,7 +8,7 @@ from typing import Any
 
 from rfa_fast.experiments.tables.columns import metric_of
 from rfa_fast.experiments.tables.results import BlockResult, GapSummary, RowResult
-from rfa_fast.report import Chart, MethodRow, Metric, Scenario
+from rfa_fast.report import Chart, Example, MethodRow, Metric, Scenario
 
 SUMMARY = "Mean absolute gap to Retrain"
 
@@ -32,6 +32,7 @@ def block_scenario(result: BlockResult) -> Scenario:
             },
             "losses": after.losses,
             "feature_distance": {f"{shown.label}, {name}": layers for name, layers in after.distance.items()},
+            "examples": [Example(prompt, text, after.texts[prompt]) for prompt, text in before.texts.items()],
         }
     notes = result.notes()
     if plots and shown is not None:
@@ -64,7 +65,7 @@ def summary_scenario(summaries: Sequence[GapSummary]) -> Scenario | None:
     charts: list[Chart] = []
     for summary in summaries:
         base = f"{summary.pair} {summary.metric}"
-        percent = summary.metric in ("accuracy", "token_accuracy")
+        percent = summary.percent
         name = f"{summary.pair}, {summary.metric.replace('_', ' ')}"
         about = f"mean over {summary.columns} columns of |mean gap to Retrain|"
         metrics.append(Metric(f"{base} gap", "gap", "%" if percent else "", "lower", 2, group=name, about=about))
