@@ -7,10 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from hypothesis import strategies as st
-from kernel_cases import close, codes, drawn, drawn_dtypes, launches, normal, poisoned
-from rfa_fast.kernels import conv2d_gradient as gradient_module
-from rfa_fast.kernels import conv2d_lora_a_gradient as lora_a_module
-from rfa_fast.kernels import conv2d_retain as retain_module
+from kernel_cases import close, codes, drawn, drawn_dtypes, few_programs, launches, normal, poisoned
 from rfa_fast.kernels.conv2d_epilogue import conv2d_epilogue
 from rfa_fast.kernels.conv2d_forward import conv2d_down, conv2d_forward, conv2d_plain
 from rfa_fast.kernels.conv2d_geometry import (
@@ -32,19 +29,12 @@ from rfa_fast.kernels.feature_mean import feature_mean
 from rfa_fast.kernels.tuning import Config
 from torch.nn import functional as F
 
-__all__ = ["poisoned"]
+__all__ = ["few_programs", "poisoned"]
 
 pytestmark = pytest.mark.usefixtures("poisoned", "few_programs")
 
 # Small tiles, so that drawn shapes have several of them and a ragged last one.
 TILE = Config(16, 16, 16, warps=4, stages=2, group_m=2)
-
-
-@pytest.fixture
-def few_programs(monkeypatch):
-    """Programs without work cost the interpreter as much as those with it."""
-    for module in (gradient_module, lora_a_module, retain_module):
-        monkeypatch.setattr(module, "PROGRAMS", 6)
 
 
 cases = st.fixed_dictionaries(

@@ -5,16 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import strategies as st
-from kernel_cases import codes, drawn, drawn_dtypes, launches, normal, poisoned
+from kernel_cases import codes, drawn, drawn_dtypes, few_programs, launches, normal, poisoned
 from rfa_fast.kernels.softmax_gradient import probability_sums, softmax_gradient
 from rfa_fast.kernels.softmax_stats import softmax_stats
 from rfa_fast.kernels.tuning import TARGETS, Config, candidates
 
 from rfa_fast.objective import mean_prediction
 
-__all__ = ["poisoned"]
+__all__ = ["few_programs", "poisoned"]
 
-pytestmark = pytest.mark.usefixtures("poisoned")
+pytestmark = pytest.mark.usefixtures("poisoned", "few_programs")
 
 # Small tiles, so that drawn shapes have several of them and a ragged last one.
 STATS, ONE_ROW = Config(2, 16, 0, warps=4, stages=1), Config(1, 32, 0, warps=4, stages=1)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from hypothesis import strategies as st
-from kernel_cases import close, codes, drawn, drawn_dtypes, normal, poisoned
+from kernel_cases import close, codes, drawn, drawn_dtypes, few_programs, normal, poisoned
 from rfa_fast.kernels.feature_mean import feature_mean
 from rfa_fast.kernels.linear_forward import MEAN, MEAN_AND_SPREAD, Rows, linear_forward
 from rfa_fast.kernels.linear_gradient import linear_gradient
@@ -17,9 +17,9 @@ from rfa_fast.kernels.lora_down import lora_down
 from rfa_fast.kernels.row_error import row_error
 from rfa_fast.kernels.tuning import Config
 
-__all__ = ["poisoned"]
+__all__ = ["few_programs", "poisoned"]
 
-pytestmark = pytest.mark.usefixtures("poisoned")
+pytestmark = pytest.mark.usefixtures("poisoned", "few_programs")
 
 # Small tiles, so that drawn shapes have several of them and a ragged last one.
 TILE = Config(16, 16, 16, warps=4, stages=2, group_m=2)

@@ -11,9 +11,9 @@ from dataclasses import replace
 import pytest
 import torch
 from hypothesis import strategies as st
-from kernel_cases import DTYPES, drawn, launches, poison_allocations
+from kernel_cases import DTYPES, drawn, few_programs, launches, poison_allocations
 from operator_cases import CONVOLUTIONS, assert_error_rule, convolution_case, group_of, leaf, run
-from rfa_fast.kernels import conv2d_gradient, conv2d_lora_a_gradient, conv2d_retain, tuning
+from rfa_fast.kernels import tuning
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,18 +22,15 @@ from rfa_fast.functional import rfa_conv2d
 from rfa_fast.ops import conv2d as fused
 from rfa_fast.ops.conv2d_torch import Convolution
 
+__all__ = ["few_programs"]
+
+pytestmark = pytest.mark.usefixtures("few_programs")
+
 
 @pytest.fixture(autouse=True)
 def poisoned(request, monkeypatch):
     if "compile" not in request.node.name:
         poison_allocations(monkeypatch)
-
-
-@pytest.fixture(autouse=True)
-def few_programs(monkeypatch):
-    """Programs without work cost the interpreter as much as those with it."""
-    for module in (conv2d_gradient, conv2d_lora_a_gradient, conv2d_retain):
-        monkeypatch.setattr(module, "PROGRAMS", 18)
 
 
 @pytest.fixture(params=["fused", "vendor", "split"])
@@ -57,10 +54,16 @@ def compare(tensors, options, dtype):
     return ours, run(rfa_conv2d, rounded, **options, backend="reference"), exact, seen
 
 
-@pytest.mark.parametrize(
-    ("norm", "kind"), [("mse", "mixed"), ("l2", "mixed"), ("mse", "retain"), ("mse", "forget"), ("mse", "ignored")]
-)
-@pytest.mark.parametrize(("options", "kernel"), CONVOLUTIONS)
+def layers_in_every_group():
+    """Every layer with both groups; the other kinds of batch on one of the layers, and on all in the long suite."""
+    for norm, kind in (("mse", "mixed"), ("l2", "mixed"), ("mse", "retain"), ("mse", "forget"), ("mse", "ignored")):
+        for layer in CONVOLUTIONS:
+            always = (norm, kind) == ("mse", "mixed") or layer.id == "plain"
+            marks = () if always else pytest.mark.long
+            yield pytest.param(*layer.values, norm, kind, id=f"{layer.id}-{norm}-{kind}", marks=marks)
+
+
+@pytest.mark.parametrize(("options", "kernel", "norm", "kind"), layers_in_every_group())
 def test_under_the_error_rule(options, kernel, kind, norm, route):
     tensors = convolution_case(options, kernel)
     options = {**options, "scale": 1.5, "group": group_of(5, kind), "norm": norm}

@@ -11,7 +11,7 @@ import pytest
 import torch
 from head_cases import HEADS, head_case, others, run_head
 from hypothesis import strategies as st
-from kernel_cases import DTYPES, drawn, drawn_dtypes, launches, poison_allocations
+from kernel_cases import DTYPES, drawn, drawn_dtypes, few_programs, launches, poison_allocations
 from operator_cases import assert_error_rule, leaf
 from rfa_fast.kernels import common
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -21,6 +21,10 @@ from rfa_fast.ops.head import FP16_LIFT, Head
 
 KINDS = ["mixed", "retain", "forget", "ignored"]
 KERNELS = {"softmax_stats_kernel", "softmax_gradient_kernel"}
+
+__all__ = ["few_programs"]
+
+pytestmark = pytest.mark.usefixtures("few_programs")
 
 
 @pytest.fixture(autouse=True)

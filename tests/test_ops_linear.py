@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import DTYPES, launches, poison_allocations
+from kernel_cases import DTYPES, few_programs, launches, poison_allocations
 from operator_cases import LINEAR_SHAPES, assert_error_rule, group_of, leaf, linear_case, run
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,6 +21,10 @@ from rfa_fast.ops import linear as fused
 from rfa_fast.ops.linear_torch import Linear
 
 KINDS = ["mixed", "retain", "forget", "ignored"]
+
+__all__ = ["few_programs"]
+
+pytestmark = pytest.mark.usefixtures("few_programs")
 
 
 @pytest.fixture(autouse=True)

@@ -6,10 +6,14 @@ import copy
 
 import pytest
 import torch
-from kernel_cases import launches
+from kernel_cases import few_programs, launches
 from torch import nn
 
 import rfa_fast
+
+__all__ = ["few_programs"]
+
+pytestmark = pytest.mark.usefixtures("few_programs")
 
 
 class Tokens(nn.Module):

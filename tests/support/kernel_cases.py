@@ -12,7 +12,14 @@ import quick_interpreter
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from rfa_fast.kernels import common
+from rfa_fast.kernels import (
+    common,
+    conv2d_gradient,
+    conv2d_lora_a_gradient,
+    conv2d_retain,
+    linear_gradient,
+    lora_a_gradient,
+)
 from torch import Tensor
 
 quick_interpreter.install()
@@ -29,6 +36,15 @@ drawn_dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every buffer a launcher allocates starts as NaN: what a kernel forgets to write shows."""
     poison_allocations(monkeypatch)
+
+
+@pytest.fixture
+def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs without work cost the interpreter as much as those with it: enough for several chunks, and no more."""
+    for module in (
+        conv2d_gradient, conv2d_lora_a_gradient, conv2d_retain, linear_gradient, lora_a_gradient,
+    ):  # fmt: skip
+        monkeypatch.setattr(module, "PROGRAMS", 6)
 
 
 def poison_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
