@@ -33,6 +33,7 @@ _OVER_FORWARD = 1.6  # measuring compares with other models on part of the sampl
 _MARGIN = 0.85  # of a budget is planned with
 _STEPS = 3
 _FEWEST = 200
+_EACH = 1.0  # seconds of a row that no sample counts for: hashes, the attack's classifier, files
 _STATES = 8  # that D_f is measured in when it is asked whether it stays forgotten
 _UNITS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
 
@@ -143,7 +144,7 @@ class Forecaster:
                     models += 1
                     kept = sizes["D_r"] + (sizes["D_f"] if label == "Original" else 0)
                     seconds += rates[TRAIN] * kept * epochs
-                seconds += rates[MEASURE] * sum(map(len, run.measured.values())) * len(pending)
+                seconds += (_EACH + rates[MEASURE] * sum(map(len, run.measured.values()))) * len(pending)
                 if unit.lasting:
                     again = rates[TRAIN] * (sizes["D_r"] + sizes["D_f"]) + rates[MEASURE] * _STATES * sizes["D_f"]
                     seconds += again * len(pending)
@@ -173,7 +174,7 @@ class Forecaster:
                 measured = [parts["D_f"], parts["D_r"], int(min(extent.test, sizes.limit or extent.test))]
                 each = sum(min(n, sizes.samples or n) for n in measured)
                 rows = len(planned) + (1 if unit.retrain_only else 2)
-                seconds += rates[MEASURE] * each * rows
+                seconds += (_EACH + rates[MEASURE] * each) * rows
                 if unit.lasting:
                     again = rates[TRAIN] * (parts["D_r"] + parts["D_f"]) + rates[MEASURE] * _STATES * parts["D_f"]
                     seconds += again * rows

@@ -181,7 +181,7 @@ _ALL = (
               ("rfa-residual", "rfa-l2", "rfa-teacher", "rfa-teacher-l2"), ("accuracy", "mia_svm")),
     TableSpec("rank", "", "Rank of the adapters", (*_IMAGE, *_TEXT, *_LANGUAGE), _BOTH, ("rfa-residual",),
               ("accuracy", "mia_svm"),
-              sweep=Sweep("rank", MappingProxyType(dict.fromkeys((1, 4, 8, 16, 64), "")), "rank ")),
+              sweep=Sweep("rank", MappingProxyType(dict.fromkeys((1, 2, 4, 8, 16), "")), "rank ")),
     TableSpec("persistence", "", "Does it stay forgotten?", (*_IMAGE, *_TEXT, *_LANGUAGE), _BOTH,
               tuple(dict.fromkeys((*_MAIN, *_WRITING))), ("persistence",),
               notes=("Accuracy on D_f after rounding the weights, after an epoch of training on D_r, and, on the nine "

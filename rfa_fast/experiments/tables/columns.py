@@ -105,7 +105,7 @@ def columns(metrics: Sequence[str], subsets: Sequence[str]) -> list[Metric]:
             found.append(Metric(name, "Peak MiB", better="lower", digits=0, about=METRICS[name].description))
         elif name == LASTING:
             found += [
-                Metric(key, key.partition("/")[0], "%", group="Accuracy on D_f", about=about)
+                Metric(key, key.partition("/")[0], "%", group="Forget accuracy", about=about)
                 for key, about in _STATES.items()
             ]
         elif name == QUOTIENT:

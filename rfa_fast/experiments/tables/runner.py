@@ -3,8 +3,8 @@
 Everything that takes time ends up on disk at once: trained models in the cache, finished rows beside them,
 an unlearning run's steps in its checkpoint. So a run that is interrupted, killed, or repeated for another
 table loses at most the row under way, and a process that computes a unit has nothing to hand back: the
-parent reads the rows it left. A row whose training runs off to infinity (NegGrad does that) has no figures and a
-sentence that says so; the table goes on.
+parent reads the rows it left. A row that cannot be had (NegGrad's training runs off to infinity, a rank is
+more than a layer has) has no figures and a sentence that says why; the table goes on.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ class Workshop:
             begun = time.perf_counter()
             try:
                 found.rows[key] = run.unlearned(method)
-            except FloatingPointError as error:
+            except (FloatingPointError, ValueError) as error:
                 found.failed[key] = str(error)
                 self.say(f"{key}, seed {unit.seed}: no figures, {error}")
                 continue
