@@ -13,7 +13,7 @@ import torch
 from cases import BY_ALIGNMENT, CASES, MATRIX_KERNELS, RANKLESS, RANKS, UNALIGNED
 from compiling import MATRIX_INSTRUCTIONS, Compiled, capture, compile_launch
 from occupancy import LIMITS, occupancy
-from rfa_fast.kernels.tuning import GENERIC, TABLES, TARGETS, Config, candidates
+from rfa_fast.kernels.tuning import TABLES, TARGETS, Config, candidates
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -29,7 +29,7 @@ class Job:
 
     @property
     def config(self) -> Config:
-        return candidates(self.kernel, GENERIC if self.generic else self.target)[self.index]
+        return candidates(self.kernel, self.target, aligned=not self.generic)[self.index]
 
     @property
     def shown(self) -> str:
@@ -67,7 +67,8 @@ def jobs(kernels: Sequence[str], targets: Sequence[str]) -> list[Job]:
         for target in targets:
             own = target in TABLES[kernel]
             found += [Job(kernel, target, i) for i in range(len(candidates(kernel, target)))] if own else []
-            found += [Job(kernel, target, i, generic=True) for i in range(len(TABLES[kernel][GENERIC]))]
+            generic = candidates(kernel, target, aligned=False)
+            found += [Job(kernel, target, i, generic=True) for i in range(len(generic))]
     return found
 
 

@@ -56,12 +56,13 @@ def target_of(device: torch.device) -> str:
     return name if name in TARGETS else GENERIC
 
 
-def candidates(kernel: str, target: str) -> tuple[Config, ...]:
+def candidates(kernel: str, target: str, *, aligned: bool = True) -> tuple[Config, ...]:
     """The configurations of a kernel on a target, the default one first.
 
     Args:
         kernel: a key of the tables, such as `"linear_forward"`.
         target: one of :data:`TARGETS`, or anything else for the generic entry.
+        aligned: `False` for what takes the generic entry on every target, or an entry of :data:`UNALIGNED`.
 
     Raises:
         ValueError: a kernel that has no table.
@@ -73,7 +74,7 @@ def candidates(kernel: str, target: str) -> tuple[Config, ...]:
     if kernel not in TABLES:
         raise ValueError(f"kernel: got {kernel!r}, expected one of {', '.join(map(repr, TABLES))}")
     table = TABLES[kernel]
-    return table.get(target, table[GENERIC])
+    return table.get(target, table[GENERIC]) if aligned else UNALIGNED.get((kernel, target), table[GENERIC])
 
 
 def choose(kernel: str, device: torch.device, dtype: torch.dtype, *widths: int) -> Config:
@@ -91,7 +92,7 @@ def choose(kernel: str, device: torch.device, dtype: torch.dtype, *widths: int) 
     """
     narrow = dtype.itemsize < 4
     aligned = all(width % ALIGNMENT == 0 for width in widths)
-    config = candidates(kernel, target_of(device) if narrow and aligned else GENERIC)[0]
+    config = candidates(kernel, target_of(device), aligned=narrow and aligned)[0]
     return config if narrow or config.block_k <= 16 else replace(config, block_k=config.block_k // 2)
 
 
@@ -119,7 +120,7 @@ TABLES: dict[str, dict[str, tuple[Config, ...]]] = {
     # Blocks of 128 columns: each leaves a partial U behind, and narrower ones would move more than half of what an
     # unfused backward does. How tall they are is a matter of registers.
     "linear_gradient": {
-        GENERIC: (Config(16, 128, 0, warps=4, stages=2),),
+        GENERIC: (Config(16, 128, 0, warps=8, stages=2),),
         "sm_80": (Config(32, 128, 0, warps=8, stages=2), Config(64, 64, 0, warps=8, stages=2)),
         "sm_90": (Config(64, 128, 0, warps=8, stages=2), Config(32, 128, 0, warps=8, stages=2)),
         "sm_100": (Config(64, 128, 0, warps=8, stages=2), Config(32, 128, 0, warps=8, stages=2)),
@@ -191,4 +192,9 @@ TABLES: dict[str, dict[str, tuple[Config, ...]]] = {
     },
     "conv2d_retain": {GENERIC: (Config(32, 0, 0, warps=4, stages=1),)},
     "conv2d_sample_mean": {GENERIC: (Config(16, 64, 0, warps=4, stages=1),)},
+}
+
+# Where the generic entry would spill: 8 wavefronts of 64 lanes share the registers of one compute unit.
+UNALIGNED: dict[tuple[str, str], tuple[Config, ...]] = {
+    ("linear_gradient", "gfx942"): (Config(16, 128, 0, warps=4, stages=2),),
 }

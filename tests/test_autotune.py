@@ -8,7 +8,7 @@ import pytest
 import torch
 from kernel_cases import launches
 from rfa_fast.kernels import autotune, tuning
-from rfa_fast.kernels.tuning import GENERIC, TABLES, TARGETS, Config, candidates, choose
+from rfa_fast.kernels.tuning import GENERIC, TABLES, TARGETS, UNALIGNED, Config, candidates, choose
 
 from rfa_fast.functional import rfa_linear
 
@@ -138,5 +138,8 @@ def test_every_table_has_a_generic_entry_and_knows_its_targets():
         assert GENERIC in table, kernel
         assert set(table) <= {GENERIC, *TARGETS}, kernel
         assert candidates(kernel, "sm_75") == table[GENERIC]
+        for target in TARGETS:
+            assert candidates(kernel, target, aligned=False) == UNALIGNED.get((kernel, target), table[GENERIC])
+    assert all(kernel in TABLES and target in TARGETS for kernel, target in UNALIGNED)
     with pytest.raises(ValueError, match="kernel: got 'linear', expected one of 'linear_forward'"):
         candidates("linear", GENERIC)
