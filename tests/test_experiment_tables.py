@@ -121,6 +121,14 @@ def test_two_tables_share_the_runs_that_they_have_in_common() -> None:
     assert not {"feature_distance_1", "activation_distance"} & set(units[2].metrics)
 
 
+def test_a_quick_plan_has_one_scenario_of_a_kind_and_forgets_no_more_than_a_quarter() -> None:
+    pair = "bbc-news/minilm"
+    choice = Choice(("table3",), (pair,), sizes={pair: Sizes(96, 1, 48)}, quick=True)
+    assert [block.scenario for block in blocks_of(choice)] == ["sample:24", "class:sports"]
+    whole = [block.scenario for block in blocks_of(replace(choice, sizes={}, quick=False))]
+    assert whole == ["sample:128", "class:sports", "keyword:election"]
+
+
 def test_means_intervals_gaps_and_ranks_by_hand() -> None:
     short = summarise([0.90, 0.92, 0.97])
     assert short.mean == pytest.approx(0.93)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -143,6 +144,8 @@ def experiment(
         from rfa_fast.experiments.tables.experiment import choose_pairs, quick_sizes, run
         from rfa_fast.experiments.tables.plan import Choice, Sizes
 
+        for variable, value in (("TRANSFORMERS_VERBOSITY", "error"), ("HF_HUB_DISABLE_PROGRESS_BARS", "1")):
+            os.environ.setdefault(variable, value)  # a report and a bar for every model that is opened are too many
         tables = find_tables(name)
         seconds = None if budget is None else read_budget(budget)
         pairs = choose_pairs(tables, data, model, quick=quick)
@@ -160,6 +163,7 @@ def experiment(
             retrain_seeds=retrain_seeds,
             sizes={pair: _merged(size, given) for pair, size in sizes.items()},
             repeat=repeat_forget,
+            quick=quick,
             overrides=read_settings(setting or []),
             validation=validation,
             data=data_folder,

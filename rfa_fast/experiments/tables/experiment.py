@@ -30,7 +30,6 @@ from rfa_fast.experiments.tables.scenarios import block_scenario, summary_scenar
 from rfa_fast.report import RunReport, write_atomically
 
 PLAN_FILE, SPLITS = "plan.json", "splits"
-QUICK_SAMPLES = 300
 
 
 def choose_pairs(tables: Sequence[TableSpec], data: str | None, model: str | None, *, quick: bool) -> list[Pair]:
@@ -69,7 +68,7 @@ def quick_sizes(pairs: Sequence[Pair]) -> dict[str, Sizes]:
         >>> quick_sizes([PAIRS["fashion-mnist/resnet18"]])["fashion-mnist/resnet18"]
         Sizes(limit=3000, epochs=2, samples=300)
     """
-    return {pair.name: Sizes(*pair.quick, QUICK_SAMPLES) for pair in pairs}
+    return {pair.name: Sizes(*pair.quick[:3]) for pair in pairs}
 
 
 def run(
@@ -113,7 +112,10 @@ def run(
     before, jobs = torch.get_num_threads(), min(jobs, len(units))
     torch.set_num_threads(threads if threads is not None else max(1, before // jobs))
     try:
-        return _run(choice, blocks, units, output, budget, jobs, forecast_only, say, progress)
+        return _run(
+            choice, blocks, units, output, budget=budget, jobs=jobs, forecast_only=forecast_only, say=say,
+            progress=progress,
+        )  # fmt: skip
     finally:
         torch.set_num_threads(before)
 
@@ -123,6 +125,7 @@ def _run(
     blocks: Sequence[Block],
     units: Sequence[Unit],
     output: Path,
+    *,
     budget: float | None,
     jobs: int,
     forecast_only: bool,

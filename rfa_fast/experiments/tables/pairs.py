@@ -40,7 +40,8 @@ class Pair:
         methods: method -> kind of scenario -> options that it has to itself; `""` for any kind.
         head: name of the layer that gives the logits, for Table V's first placement.
         recipe_of: which of the paper's recipes ours is compared with in the table's header.
-        quick: training samples and epochs of `--quick`; `None` keeps the experiment's own.
+        quick: of `--quick`: training samples, epochs of Original and Retrain, samples measured per subset, epochs of
+            unlearning at most; `None` keeps what there is.
         by_kind: whether the data of a sample scenario are others than those of a class.
     """
 
@@ -55,7 +56,7 @@ class Pair:
     methods: Mapping[str, Mapping[str, Options]] = field(default_factory=dict)
     head: str = "fc"
     recipe_of: str = "resnet18"
-    quick: tuple[int | None, int | None] = (None, 1)
+    quick: tuple[int | None, int | None, int, int | None] = (None, 1, 300, None)
     by_kind: bool = False
 
     def group(self, scenario: str) -> str:
@@ -132,74 +133,75 @@ _ALL = (
     Pair(
         "digits", "digits-net", "image", _digits, {"sample": ("sample:64",), "class": ("class:3",)},
         (("fashion-mnist", "resnet18"), ("cifar-10", "resnet18")),
-        common={"lr": 5e-4, "batch_size": 64, "epochs": 2}, methods={"rfa": _DIGITS_RFA}, quick=(None, 6),
+        common={"lr": 5e-4, "batch_size": 64, "epochs": 2}, methods={"rfa": _DIGITS_RFA}, quick=(None, 6, 300, None),
     ),
     Pair(
         "fashion-mnist", "resnet18", "image", _fashion_mnist, {"sample": ("sample:128",), "class": ("class:0",)},
         (("fashion-mnist", "resnet18"), ("cifar-10", "resnet18")), ("data:fashion-mnist",),
-        common=_PAPER, methods={"rfa": _IMAGE_RFA}, quick=(3000, 2),
+        common=_PAPER, methods={"rfa": _IMAGE_RFA}, quick=(3000, 2, 300, None),
     ),
     Pair(
         "fashion-mnist", "small-vit", "image", _fashion_mnist_small_vit,
         {"sample": ("sample:128",), "class": ("class:0",)}, (("fashion-mnist", "vit"), ("cifar-10", "vit")),
         ("data:fashion-mnist",), common=_PAPER, methods={"rfa": _IMAGE_RFA}, head="heads.head", recipe_of="vit",
-        quick=(1500, 1),
+        quick=(400, 1, 100, None),
     ),
     Pair(
         "bbc-news", "minilm", "text", _bbc_news,
         {"sample": ("sample:128",), "class": ("class:sports", "keyword:election")}, (("imdb", "distilbert"),),
         ("data:bbc-news", "model:minilm"), common=_PAPER, methods={"rfa": _TEXT_RFA}, head="classifier",
-        recipe_of="text", quick=(400, 1),
+        recipe_of="text", quick=(96, 1, 48, None),
     ),
     Pair(
         "trivia", "smollm2", "language", _trivia, {"sample": ("sample:128",), "class": ("class:starwars",)},
         (("eli5-category", "distilgpt2"), ("wmdp", "qwen2.5-3b")), ("data:trivia", "model:smollm2"),
         common={"lr": 5e-5, "epochs": 6, "batch_size": 16}, methods={"rfa": _LANGUAGE_RFA}, head="lm_head",
-        recipe_of="language", quick=(256, 2), by_kind=True,
+        recipe_of="language", quick=(40, 1, 12, 1), by_kind=True,
     ),
     Pair(
         "wordnet", "smollm2", "language", _of_the_paper("wordnet_smollm2"),
         {"sample": ("sample:128",), "class": ("class:noun.food",)},
         (("eli5-category", "distilgpt2"), ("wmdp", "qwen2.5-3b")), ("data:wordnet", "model:smollm2"),
         common={"lr": 5e-5, "batch_size": 16}, methods={"rfa": _LANGUAGE_RFA}, head="lm_head", recipe_of="language",
-        quick=(200, 1),
+        quick=(40, 1, 12, 1),
     ),
     Pair(
         "cifar-10", "resnet18", "image", _of_the_paper("cifar_resnet18"),
         {"sample": ("sample:128",), "class": ("class:0",)}, (("cifar-10", "resnet18"),),
-        ("data:cifar-10", "weights:resnet18"), common=_PAPER, quick=(3000, 1),
+        ("data:cifar-10", "weights:resnet18"), common=_PAPER, quick=(256, 1, 64, None),
     ),
     Pair(
         "cifar-10", "vit", "image", _of_the_paper("cifar_vit"), {"sample": ("sample:128",), "class": ("class:0",)},
         (("cifar-10", "vit"),), ("data:cifar-10", "weights:vit_b_16"), common=_PAPER, head="heads.head",
-        recipe_of="vit", quick=(256, 1),
+        recipe_of="vit", quick=(64, 1, 16, None),
     ),
     Pair(
         "fashion-mnist", "resnet18-imagenet", "image", _of_the_paper("fashion_resnet18"),
         {"sample": ("sample:128",), "class": ("class:0",)}, (("fashion-mnist", "resnet18"), ("cifar-10", "resnet18")),
-        ("data:fashion-mnist", "weights:resnet18"), common=_PAPER, quick=(3000, 1),
+        ("data:fashion-mnist", "weights:resnet18"), common=_PAPER, quick=(256, 1, 64, None),
     ),
     Pair(
         "fashion-mnist", "vit", "image", _of_the_paper("fashion_vit"),
         {"sample": ("sample:128",), "class": ("class:0",)}, (("fashion-mnist", "vit"), ("cifar-10", "vit")),
-        ("data:fashion-mnist", "weights:vit_b_16"), common=_PAPER, head="heads.head", recipe_of="vit", quick=(256, 1),
+        ("data:fashion-mnist", "weights:vit_b_16"), common=_PAPER, head="heads.head", recipe_of="vit",
+        quick=(64, 1, 16, None),
     ),
     Pair(
         "imdb", "distilbert", "text", _of_the_paper("imdb_distilbert"),
         {"sample": ("sample:128",), "class": ("keyword:comedy",)}, (("imdb", "distilbert"),),
         ("data:imdb", "model:distilbert-base-uncased"), common=_PAPER, head="classifier", recipe_of="text",
-        quick=(400, 1),
+        quick=(96, 1, 48, None),
     ),
     Pair(
         "eli5-category", "distilgpt2", "language", _of_the_paper("eli5_distilgpt2"),
         {"sample": ("sample:128",), "class": ("class:Earth Science",)}, (("eli5-category", "distilgpt2"),),
         ("data:eli5-category", "model:distilgpt2"), common=_PAPER, head="lm_head", recipe_of="language",
-        quick=(200, 1),
+        quick=(40, 1, 12, 1),
     ),
     Pair(
         "wmdp", "qwen2.5-3b", "language", _of_the_paper("wmdp_qwen"), {"class": ("class:chem",)},
         (("wmdp", "qwen2.5-3b"),), ("data:wmdp", "model:Qwen2.5-3B"), common=_PAPER, head="lm_head",
-        recipe_of="language", quick=(32, 1),
+        recipe_of="language", quick=(16, 1, 4, 1),
     ),
 )  # fmt: skip
 

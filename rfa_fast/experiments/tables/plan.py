@@ -48,6 +48,7 @@ class Choice:
         retrain_seeds: how many Retrain has, if more.
         sizes: pair -> how much of it is used.
         repeat: how often each sample of D_f comes, for rows that do not say.
+        quick: one scenario of each kind, and no more epochs of unlearning than the pair has for this.
         overrides: method or row -> options of :func:`rfa_fast.unlearn` in place of the pair's.
         validation: measure on a tenth of the training data, held out.
         data: folder of the data; `None`: where it is found.
@@ -63,6 +64,7 @@ class Choice:
     retrain_seeds: int = 0
     sizes: Mapping[str, Sizes] = field(default_factory=dict)
     repeat: int = 1
+    quick: bool = False
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     validation: bool = False
     data: Path | None = None
@@ -155,8 +157,7 @@ def blocks_of(choice: Choice) -> list[Block]:
                 continue  # `all` asks every table for the pairs it is meant for
             metrics = _metrics(table, pair, choice)
             rows = tuple(PlannedRow(_repeated(row, choice), table.epochs) for row in table.row_specs(pair, chosen))
-            own = [text for kind in table.kinds for text in pair.scenarios.get(kind, ())]
-            found += [Block(table, pair, text, rows, metrics) for text in choice.scenarios or own]
+            found += [Block(table, pair, text, rows, metrics) for text in choice.scenarios or _own(table, pair, choice)]
     if not found:
         raise ValueError(
             f"tables: {', '.join(choice.tables)} has no scenario for {', '.join(choice.pairs)}, expected other data or "
@@ -189,6 +190,20 @@ def units_of(blocks: Sequence[Block], choice: Choice) -> list[Unit]:
         extra = range(choice.seeds, max(choice.seeds, choice.retrain_seeds))
         units += [Unit(name, seed, nothing, alone, retrain_only=True, lasting=lasting) for seed in extra]
     return units
+
+
+def _own(table: TableSpec, pair: Pair, choice: Choice) -> list[str]:
+    """The pair's scenarios of the table's kinds; of few samples no more than a quarter are forgotten."""
+    texts: list[str] = []
+    for kind in table.kinds:
+        of_kind = pair.scenarios.get(kind, ())
+        texts += of_kind[:1] if choice.quick else of_kind
+    limit = choice.sizes.get(pair.name, Sizes()).limit
+    if limit is None:
+        return texts
+    counts = [(kind, target) for kind, _, target in (text.partition(":") for text in texts)]
+    return [f"{kind}:{min(int(target), max(1, limit // 4))}" if kind == "sample" else f"{kind}:{target}"
+            for kind, target in counts]  # fmt: skip
 
 
 def _check_here(chosen: tuple[RowSpec, ...] | None) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,12 +60,12 @@ class Rates:
         self._values[key] = latest if before is None else _WEIGHT * latest + (1 - _WEIGHT) * before
         self._changed = True
 
-    def note_training(self, found: Found) -> None:
-        """The times of Original and Retrain, which their files remember."""
+    def note_training(self, found: Found, trained: Sequence[str]) -> None:
+        """The times of Original and Retrain where they were trained just now: a file does not say by how many threads."""
         epochs = int(found.recipe.get("epochs", 1))
         kept, forgotten = found.sizes["D_r"], found.sizes["D_f"]
         for label, samples in (("Original", kept + forgotten), ("Retrain", kept)):
-            if label in found.rows:
+            if label in found.rows and label in trained:
                 self.note(TRAIN, found.rows[label].seconds, samples * epochs)
 
     def note_row(self, row: PlannedRow, found: Found, key: str, seconds: float) -> None:

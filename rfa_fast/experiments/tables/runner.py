@@ -134,6 +134,9 @@ class Workshop:
             options = row.spec.keywords(
                 pair, kind, forgotten * row.spec.repeat, unit.seed, row.epochs, self.choice.options(row.spec)
             )
+            most = pair.quick[3]
+            if self.choice.quick and most is not None and options.get("epochs", 1) > most:
+                options["epochs"] = most
             found[key] = Method(f"seed {unit.seed} {key}", options, row.spec.repeat)
         return found
 
@@ -151,9 +154,11 @@ class Workshop:
             {name: len(subset) for name, subset in run.measured.items()}, dict(run.experiment.recipe),
             {key: dict(method.options) for key, method in methods.items()}, title_of(run.split),
         )  # fmt: skip
-        for label in BASELINES[1:] if unit.retrain_only else BASELINES:
+        baselines = BASELINES[1:] if unit.retrain_only else BASELINES
+        trained = run.pending(baselines, list(methods.values()))[1]
+        for label in baselines:
             found.rows[label] = run.baseline(label)  # type: ignore[arg-type]
-        rates.note_training(found)
+        rates.note_training(found, trained)
         for key, method in methods.items():
             pending = bool(run.pending((), [method])[0])
             begun = time.perf_counter()
