@@ -61,7 +61,7 @@ class Rates:
         self._changed = True
 
     def note_training(self, found: Found, trained: Sequence[str]) -> None:
-        """The times of Original and Retrain where they were trained just now: a file does not say by how many threads."""
+        """Times of Original and Retrain where they were trained just now: a file does not say with how many threads."""
         epochs = int(found.recipe.get("epochs", 1))
         kept, forgotten = found.sizes["D_r"], found.sizes["D_f"]
         for label, samples in (("Original", kept + forgotten), ("Retrain", kept)):
