@@ -10,6 +10,7 @@ concluded: first the samples measured, then epochs of Original and Retrain, then
 from __future__ import annotations
 
 import copy
+import math
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -212,7 +213,7 @@ class Forecaster:
                 return {pair: self.sizes(pair, step) for pair in self.rates}
         least = self.total(LADDER[-1]) / _MARGIN
         raise ValueError(
-            f"budget: got {words(budget)}, expected {words(least)} or more for this plan at its smallest; ask for "
+            f"budget: got {budget:g} s, expected {math.ceil(least)} s or more for this plan at its smallest; ask for "
             "fewer seeds, methods or tables"
         )
 
