@@ -4,8 +4,8 @@ A pair is an experiment (data, architecture, recipe), the scenarios that suit it
 unlearning method. The paper's pairs have the paper's recipe and rates (section V-A6). The others are what
 installs without a hub, and the paper's figures that stand beside theirs are of the pair they stand in for.
 
-How fair is the comparison? RFA's settings of the pairs here were chosen on held-out training samples; of
-the other methods only the rate is, at most, another than the paper's 5e-5. `--set METHOD.KEY=VALUE` changes
+How fair is the comparison? Not yet fair: RFA's settings for the classes of the images here were chosen on held-out
+training samples, its others are starting values; the other methods run at one rate, the paper's 5e-5 or the pair's. `--set METHOD.KEY=VALUE` changes
 any of them and `--validation` keeps the choice away from the test set.
 """
 
