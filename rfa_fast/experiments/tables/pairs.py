@@ -5,8 +5,8 @@ unlearning method. The paper's pairs have the paper's recipe and rates (section 
 installs without a hub, and the paper's figures that stand beside theirs are of the pair they stand in for.
 
 How fair is the comparison? Not yet fair: RFA's settings for the classes of the images here were chosen on held-out
-training samples, its others are starting values; the other methods run at one rate, the paper's 5e-5 or the pair's. `--set METHOD.KEY=VALUE` changes
-any of them and `--validation` keeps the choice away from the test set.
+training samples, its others are starting values; the other methods run at one rate, the paper's 5e-5 or the pair's.
+`--set METHOD.KEY=VALUE` changes any of them and `--validation` keeps the choice away from the test set.
 """
 
 from __future__ import annotations
