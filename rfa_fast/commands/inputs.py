@@ -187,10 +187,8 @@ def load_data(name: str, options: Sequence[str], *, pad_to: int | None, channels
     given: dict[str, Any] = {"pad_to": pad_to, "channels": channels}
     given = {key: value for key, value in given.items() if value is not None}
     for option in options:
-        key, separator, value = option.partition("=")
-        if not separator or not key:
-            raise ValueError(f"--data-option: got {option!r}, expected KEY=VALUE")
-        given[key] = json_or_text(value)
+        key, value = key_and_value("--data-option", option)
+        given[key] = value
     return load(name, **given)
 
 
@@ -309,6 +307,22 @@ def _existing(path: Path | None, option: str) -> Path:
     if path is None or not path.is_file():
         raise FileNotFoundError(f"{option}: {path} does not exist, expected a file")
     return path
+
+
+def key_and_value(flag: str, word: str) -> tuple[str, Any]:
+    """The two sides of a KEY=VALUE, the value as :func:`json_or_text` reads it.
+
+    Raises:
+        ValueError: no = or no key.
+
+    Example:
+        >>> key_and_value("--data-option", "size=32")
+        ('size', 32)
+    """
+    key, separator, value = word.partition("=")
+    if not separator or not key:
+        raise ValueError(f"{flag}: got {word!r}, expected KEY=VALUE")
+    return key, json_or_text(value)
 
 
 def json_or_text(value: str) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 
 import typer
 
-from rfa_fast.commands.inputs import json_or_text
+from rfa_fast.commands.inputs import key_and_value
 from rfa_fast.methods import METHODS
 
 METHOD_NAMES = ", ".join(METHODS)
@@ -56,12 +56,10 @@ def method_options(
     if targets is not None:
         given["targets"] = "--targets"
     for word in words:
-        key, separator, value = word.partition("=")
-        if not separator or not key:
-            raise ValueError(f"--method-option: got {word!r}, expected KEY=VALUE")
+        key, value = key_and_value("--method-option", word)
         if key in given:
             raise ValueError(f"--method-option: got {key} beside {given[key]}, expected it once")
-        given[key], options[key] = "another --method-option", json_or_text(value)
+        given[key], options[key] = "another --method-option", value
     METHODS[method].settings(options)
     return options
 
