@@ -81,13 +81,7 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """
     file = check_weights_file(path, READ)
     if file.suffix.lower() == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(file)
-        except SafetensorError as error:
-            raise ValueError(f"weights: {file} cannot be read ({one_line(error)}); is it cut short?") from error
+        return read_safetensors(file, "weights")
     try:
         values: Any = torch.load(file, map_location="cpu", weights_only=True)  # noqa: TID251 - see the module
     except (UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
@@ -102,6 +96,31 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise ValueError(f"weights: {file} holds {got or 'nothing'}, expected a state dict: tensors by name")
     # A plain dict: without the version that a state dict carries, old BatchNorms may lack their step counter.
     return {str(name): tensor for name, tensor in values.items()}
+
+
+def read_safetensors(file: str | os.PathLike[str], name: str) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file by name, on the CPU; `name` begins the message of an error.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a file that is cut short.
+
+    Example:
+        >>> import tempfile
+        >>> file = Path(tempfile.mkdtemp()) / "cut.safetensors"
+        >>> _ = file.write_bytes(b"")
+        >>> read_safetensors(file, "initial")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ...
+        ValueError: initial: ...cut.safetensors cannot be read (...); is it cut short?
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{name}: {file} cannot be read ({one_line(error)}); is it cut short?") from error
 
 
 def fill(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from rfa_fast.methods.seeding import derive_seed, isolated_generators, seed_generators
 from rfa_fast.names import hidden_child
+from rfa_fast.weights import read_safetensors
 
 _STD = 0.02  # of a parameter that nobody else draws; what transformers gives its embeddings
 _CPU = torch.device("cpu")
@@ -69,13 +70,7 @@ def initial_tensors(model: nn.Module, seed: int, initial: str | None = None) -> 
 
 
 def _read(model: nn.Module, path: str) -> Mapping[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        found = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"initial: {path} cannot be read ({error}); is it cut short?") from error
+    found = read_safetensors(path, "initial")
     # A shared tensor is in a file once, under whichever of its names the writer chose.
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
