@@ -20,7 +20,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from rfa_fast.groups import Batch, LayerTerms, WholeBatch
+from rfa_fast.groups import Batch, WholeBatch
 from rfa_fast.head import labelled_rows, output_layer, standing_aside
 from rfa_fast.loss import Evaluation, Inputs, eval_behaviour, evaluate, prepare, remembered
 from rfa_fast.objective import FORGET, RETAIN, RFALoss
@@ -178,14 +178,12 @@ class Step:
             )
             for _, _, part in parts:
                 part.whole = whole
-        found = []
+        losses, terms = [], torch.zeros((), device=device)
         for mine in parts:
-            found.append(self._part(*mine))
-            rfa._keep(found[-1])  # a part without retain samples falls back on the part before
-        losses = [RFALoss(*(field.detach() for field in each.losses)) for each in found]
-        terms = torch.stack([each.terms for each in found]).sum(0)
-        rows = zip(rfa.names, terms.unbind(0), strict=True)
-        context.losses = {name: LayerTerms(*row.unbind(0)) for name, row in rows}
+            found = self._part(*mine)
+            terms = terms + found.terms
+            rfa._keep(found._replace(terms=terms))  # a part without retain samples falls back on the part before
+            losses.append(RFALoss(*(field.detach() for field in found.losses)))
         self._update(terms)
         return (
             losses[0]
