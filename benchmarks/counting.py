@@ -23,6 +23,7 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+import quick_interpreter
 import torch
 import triton.language as tl
 from rfa_fast.kernels.common import observed
@@ -143,18 +144,7 @@ def _short_cuts(touch: Callable[[Any, Any, int, bool], None], values: bool) -> I
             return TensorHandle(np.zeros(source.data.shape, dtype=_get_np_dtype(kind)), kind.scalar)
         return cast(self, source, kind)
 
-    patch_language, patched = interpreter._patch_lang, set[int]()
-
-    def patch_once(function: Any) -> Any:
-        # Each call of one jit function by another would wrap the whole language once more.
-        languages = {id(value) for value in function.__globals__.values() if value is tl or value is tl.core}
-        if languages <= patched:
-            return interpreter._LangPatchScope()
-        patched.update(languages)
-        return patch_language(function)
-
     with ExitStack() as stack:
-        stack.enter_context(patch.object(interpreter, "_patch_lang", patch_once))
         unchecked = interpreter.InterpreterOptions(sanitize_overflow=values)
         stack.enter_context(patch.object(interpreter.interpreter_builder, "options", unchecked))
         replace = [("create_masked_load", counted_load), ("create_masked_store", counted_store)]
@@ -173,6 +163,7 @@ def count(run: Callable[[], Any], *, values: bool = False, marks: bool = True) -
         marks: also find the different bytes.
     """
     counts: list[Count] = []
+    quick_interpreter.install()
 
     def observer(kernel: Any, grid: Any, arguments: dict[str, Any]) -> None:
         tensors = _Tensors(kernel.fn.__name__.removesuffix("_kernel"), arguments, marks)

@@ -14,6 +14,7 @@ from cases import BY_ALIGNMENT, CASES, MATRIX_KERNELS, RANKLESS, RANKS, UNALIGNE
 from compiling import MATRIX_INSTRUCTIONS, Compiled, capture, compile_launch
 from occupancy import LIMITS, occupancy
 from rfa_fast.kernels.tuning import TABLES, TARGETS, Config, candidates
+from triton.errors import TritonError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -113,7 +114,7 @@ def _compile(job: Job, case: str, dtype: str, run: object) -> Compiled:
         raise RuntimeError(f"{job.kernel}, {case}: got {[x.name for x in launches]}, expected one launch")
     try:
         return compile_launch(launches[0], job.target)
-    except Exception as error:
+    except (TritonError, RuntimeError) as error:
         where = f"{job.kernel} ({case}, {dtype}) with {job.shown} on {job.target}"
         raise RuntimeError(f"{where} does not compile: {type(error).__name__}: {error}") from error
 
