@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from text_cases import four_token_texts
 
 from rfa_fast.data import TokenDataset
 from rfa_fast.experiments import bbc_news, smollm2
@@ -26,20 +26,9 @@ STEPS = {"max_steps": 1, "batch_size": 12, "epochs": 1}
 
 
 def tokens(n: int, *, language: bool) -> TokenDataset:
-    """Texts of four tokens; the first is 10 + topic, and so is what a language model has to answer."""
-    generator = torch.Generator().manual_seed(n)
-    ids = torch.randint(20, 30, (n, 4), generator=generator)
-    labels = torch.arange(n) % 3
-    ids[:, 0] = 10 + labels
-    targets = None
-    if language:
-        ids[:, 3] = 10 + labels
-        targets = ids.clone()
-        targets[:, :2] = -100
-    return TokenDataset(
-        ids, torch.ones_like(ids), labels.tolist(), ("a", "b", "c"), targets=targets,
-        texts=["a film" if i % 9 == 0 else "news" for i in range(n)], prompts=["p"] * n,
-    )  # fmt: skip
+    """With a word to forget in every ninth text."""
+    texts = ["a film" if i % 9 == 0 else "news" for i in range(n)]
+    return four_token_texts(n, language=language, prompt=2, texts=texts, prompts=["p"] * n)
 
 
 def language_model(request: Request) -> Experiment:

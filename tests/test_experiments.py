@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from text_cases import four_token_texts
 from torch import nn
 from torch.utils.data import Subset
 
@@ -289,20 +290,8 @@ def test_fashion_mnist_runs_on_a_few_images(tmp_path: Path, monkeypatch: pytest.
 
 
 def token_data(n: int, *, language: bool) -> TokenDataset:
-    """Texts of four tokens; the first is 10 + topic, and so is the answer a language model has to give."""
-    generator = torch.Generator().manual_seed(n)
-    ids = torch.randint(20, 30, (n, 4), generator=generator)
-    labels = torch.arange(n) % 3
-    ids[:, 0] = 10 + labels
-    targets = None
-    if language:
-        ids[:, 3] = 10 + labels
-        targets = ids.clone()
-        targets[:, :3] = -100
-    return TokenDataset(
-        ids, torch.ones_like(ids), labels.tolist(), ("a", "b", "c"), texts=["t"] * n, targets=targets,
-        prompts=[f"p{label}" for label in labels.tolist()],
-    )  # fmt: skip
+    """The answer alone carries a label."""
+    return four_token_texts(n, language=language, prompt=3, texts=["t"] * n)
 
 
 def test_a_two_layer_bert_forgets_a_topic(tmp_path: Path) -> None:
