@@ -173,6 +173,7 @@ class GroupContext:
     head_is_aside: bool = False
     reported: tuple[Batch, Mapping[str, tuple[Tensor, Tensor]]] | None = None
     prefix_output: Tensor | None = None
+    prefix_outputs: dict[int, Any] = field(default_factory=dict)
     expects_gradient: bool = False
     checkpointed: bool = False
     replay: object | None = None
@@ -202,7 +203,7 @@ class GroupContext:
     def clear(self) -> None:
         """Drop what the layers reported: a finished batch must keep neither features nor a graph alive."""
         self.teacher, self.terms, self.calls, self.means = {}, {}, {}, {}
-        self.reported = None
+        self.reported, self.prefix_outputs = None, {}
 
     def note_retain(self, batch: Batch) -> None:
         """Say so once if there is nothing to align with yet, where asking costs no device synchronisation."""

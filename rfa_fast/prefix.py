@@ -56,20 +56,33 @@ class Prefix:
         self._blocks = [model.get_submodule(name) for name in names]
         self.adjacent = all(_adjacent(names)[1:])
         self._runs = _adjacent(names)
+        self._sharing = False
+        self._functions: tuple[list[Any], list[Callable[..., Any]]] = [], []
 
     @contextmanager
     def shared(self, context: GroupContext) -> Iterator[None]:
-        """In teacher mode, let the prefix run for the original model only; nothing otherwise."""
-        # A compiled graph finds equal computations by itself.
+        """In teacher mode, let the prefix run for the original model only; nothing otherwise.
+
+        Entered before a compiled function is called, not inside it: inductor merges equal computations, but not
+        attention's, and so nothing behind the first block. The functions are the same from one batch to the next,
+        for that is what a compiled graph asks of a module's forward.
+        """
         cached = context.prefix_output is not None
-        if not self._blocks or context.config.mode != "teacher" or cached or torch.compiler.is_compiling():
+        if not self._blocks or context.config.mode != "teacher" or cached or self._sharing:
             yield
             return
-        kept: dict[int, Any] = {}
-        functions = [self._answering(i, block.forward, context, kept) for i, block in enumerate(self._blocks)]
-        with self._in_front(functions):
-            yield
-        kept.clear()
+        own = [block.__dict__.get("forward") for block in self._blocks]
+        before, functions = self._functions
+        if not functions or any(a is not b for a, b in zip(own, before, strict=True)):
+            functions = [self._answering(i, block.forward, context) for i, block in enumerate(self._blocks)]
+            self._functions = own, functions
+        self._sharing = True
+        try:
+            with self._in_front(functions):
+                yield
+        finally:
+            self._sharing = False
+            context.prefix_outputs = {}
 
     def run(self, model: nn.Module, inputs: Tensor | Mapping[str, Any]) -> Tensor:
         """The output of the prefix for a batch, `(B, …)`, without gradient; what comes after it does not run.
@@ -123,10 +136,9 @@ class Prefix:
                 else:
                     object.__setattr__(block, "forward", before)
 
-    def _answering(
-        self, index: int, original: Callable[..., Any], context: GroupContext, kept: dict[int, Any]
-    ) -> Callable[..., Any]:
+    def _answering(self, index: int, original: Callable[..., Any], context: GroupContext) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
+            kept = context.prefix_outputs
             if not context.recording:
                 return kept[self._owner(index, kept)]
             # What goes straight into the next block of the same list is not needed a second time.

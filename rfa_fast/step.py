@@ -201,6 +201,8 @@ class Step:
             output = self._prefix_output(inputs, batch.size)
             if output is not None:
                 stack.enter_context(rfa._prefix.answered(context))
+            else:
+                stack.enter_context(rfa._prefix.shared(context))
             if self._compiled is None:
                 memory, prediction = remembered(rfa.layers), context.mean_prediction
                 found = self._evaluate(inputs, labels, batch, memory, prediction, output)
@@ -212,7 +214,7 @@ class Step:
                     stack.enter_context(_aside(context))
                 self._open(inputs, labels, batch, output)
                 context.note_retain(batch)
-                stack.enter_context(_side_effects_once())
+                stack.enter_context(_compiler_settings())
                 found = self._compiled(inputs, labels, batch, memory, prediction, output)
         total = found.losses.total if self.scaler is None else self.scaler.scale(found.losses.total)
         total.backward()  # type: ignore[no-untyped-call]
@@ -366,9 +368,21 @@ def _aside(context: Any) -> Iterator[None]:
         context.head_is_aside = False
 
 
-def _side_effects_once() -> Any:
-    """Under torch.compile, what a layer in a checkpointed block reports is reported by its first run only."""
-    from torch._dynamo import config
+@contextmanager
+def _compiler_settings() -> Iterator[None]:
+    """How the step is compiled.
 
-    name = "skip_fwd_side_effects_in_bwd_under_checkpoint"
-    return config.patch(name, True) if hasattr(config, name) else nullcontext()
+    What a layer in a checkpointed block reports is reported by its first run only. And what is elementwise, an
+    activation function say, is computed again for a product in the backward rather than kept for it.
+    """
+    from torch._dynamo import config as dynamo
+    from torch._functorch import config as functorch
+
+    settings = (dynamo, "skip_fwd_side_effects_in_bwd_under_checkpoint", True), (
+        functorch, "ban_recompute_materialized_backward", False,
+    )  # fmt: skip
+    with ExitStack() as stack:
+        for config, name, value in settings:
+            if hasattr(config, name):
+                stack.enter_context(config.patch(name, value))
+        yield

@@ -53,6 +53,20 @@ def test_teacher_mode_runs_it_once():
     assert all("forward" not in block.__dict__ for block in model)
 
 
+def test_a_compiled_step_runs_it_once_as_well():
+    torch._dynamo.reset()
+    counter, calls = CompileCounterWithBackend("eager"), {}
+    for mode in ("residual", "teacher"):
+        rfa = rfa_fast.patch(tiny_language_model(4), "deep", rank=2, seed=0, mode=mode)
+        step = compile_step(rfa, torch.optim.SGD(rfa.parameters(), lr=0.1), backend=counter)
+        for batch in batches((4, 8), (4, 8)):
+            step(*batch)
+        graph = counter.graphs[-1].graph
+        calls[mode] = sum("scaled_dot_product" in str(node.target) for node in graph.nodes)
+    assert calls == {"residual": 4, "teacher": 4 + 2}
+    assert counter.frame_count == 2
+
+
 @pytest.mark.parametrize("mode", ["residual", "teacher"])
 @pytest.mark.parametrize("where", ["memory", "disk"])
 def test_a_cached_prefix_changes_nothing(mode, where, tmp_path):

@@ -58,7 +58,9 @@ def _lift(dtype: torch.dtype) -> float:
 
 
 def _rows_per_chunk(chunk_bytes: int, classes: int, dtype: torch.dtype) -> int:
-    return max(1, chunk_bytes // (dtype.itemsize * classes))
+    """As many as fit; of more than 128 a multiple of it, which is what matrix products like."""
+    rows = max(1, chunk_bytes // (dtype.itemsize * classes))
+    return rows - rows % 128 if rows > 128 else rows
 
 
 def _walk(
@@ -77,23 +79,26 @@ def _walk(
 
     def score(logits: Tensor, part: Tensor, soft_label: Tensor | None) -> Tensor:
         """Sum of the rows' losses; leaves their gradient in the logits, and those without ỹ their share in it."""
-        codes = labels[part], group[part]
-        lse, loss = rowwise.stats(logits, *codes, soft_label, softcap)
-        counts_for_mean, sums = soft_label is None, None
+        codes, counts_for_mean = (labels[part], group[part]), soft_label is None
         if needs_gradient:
-            lifted = None if lift == 1.0 else torch.full_like(loss, lift)
-            _, sums = rowwise.gradient(logits, lse, *codes, soft_label, lifted, softcap, True, counts_for_mean)
-        elif counts_for_mean:
-            sums = rowwise.sums(logits, lse, *codes, softcap)
+            loss, sums = rowwise.scored(logits, *codes, soft_label, lift, softcap, counts_for_mean)
+        else:
+            lse, loss = rowwise.stats(logits, *codes, soft_label, softcap)
+            sums = rowwise.sums(logits, lse, *codes, softcap) if counts_for_mean else None
         if sums is not None:
             shares.add_(sums)
         return loss.sum()
 
     soft_label = None
+    buffer = hidden.new_empty(min(size, rows.shape[0]), weight.shape[0])  # of every chunk's logits
     for start in range(0, rows.shape[0], size):
         part = rows[start : start + size]
         split = min(max(retained - start, 0), part.shape[0])
-        logits = F.linear(hidden[part], weight, bias)
+        logits = buffer[: part.shape[0]]
+        if bias is None:
+            torch.mm(hidden[part], weight.mT, out=logits)
+        else:
+            torch.addmm(bias, hidden[part], weight.mT, out=logits)
         if split:
             retain += score(logits[:split], part[:split], None)
         if split < part.shape[0]:
@@ -101,7 +106,6 @@ def _walk(
             forget += score(logits[split:], part[split:], soft_label)
         if needs_gradient:
             gradient.index_copy_(0, part, logits @ weight)
-        del logits  # before the next chunk's are made
     soft_label = _mean(shares, retained, fallback) if soft_label is None else soft_label
     return Head(retain, forget, kept.sum(), forgotten.sum(), soft_label, gradient)
 

@@ -44,6 +44,31 @@ class Linear(NamedTuple):
     forget_loss: Tensor
 
 
+@torch.library.custom_op("rfa_fast::add_product_", mutates_args=("base",))
+def _add_product(base: Tensor, left: Tensor, right: Tensor) -> None:
+    base.addmm_(left, right)
+
+
+@_add_product.register_fake
+def _(base: Tensor, left: Tensor, right: Tensor) -> None:
+    return None
+
+
+def add_product(base: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """base + left · right, written over base `(M, N)`; rounded once.
+
+    An operator of its own where it is compiled: of `addmm_` inductor makes a product that first copies its base.
+
+    Example:
+        >>> add_product(torch.ones(1, 1), torch.tensor([[2.0, 3.0]]), torch.tensor([[1.0], [1.0]]))
+        tensor([[6.]])
+    """
+    if not torch.compiler.is_compiling():
+        return base.addmm_(left, right)
+    _add_product(base, left, right)
+    return base
+
+
 def losses(retain: Tensor, forget: Tensor, l2: bool, unit_rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Norms and sums from squared errors per row `(M,)`; without l2 a sum may come as any shape."""
     none = retain.new_empty(0)
@@ -79,7 +104,8 @@ def forward(
     delta = scale * F.linear(hidden, lora_b.to(x.dtype)) if emit_residual else None
     # x̃ first: without Δ to show, x' becomes y in place, and no second tensor of its size is made.
     found = group_mean(frozen, group, (0,)) if group is not None and target is None else None
-    output = frozen.addmm_(scale * hidden, lora_b.to(x.dtype).mT) if delta is None else frozen + delta
+    up = lora_b.to(x.dtype).mT
+    output = add_product(frozen, scale * hidden, up) if delta is None else frozen + delta
     none = torch.empty(0, dtype=accumulation_dtype(x.dtype), device=x.device)
     residual = x.new_empty(0) if delta is None else delta
     if group is None:
@@ -196,8 +222,10 @@ def backward(
     grad_b = scale * (changed.mT @ hidden).to(wide)
     up, grad_b = thin_terms(up, grad_b, residual_grad, hidden, lora_b, None if kept is not None else w.retain, scale)
     narrow = up.to(x.dtype)
-    grad_x = torch.addmm(changed @ weight, narrow, lora_a.to(x.dtype)) if needs_x else x.new_empty(0)
-    return grad_x, (narrow.mT @ x).to(lora_a.dtype), grad_b.to(lora_b.dtype)
+    # dA first: an x that is computed again for it is gone before dX, which is as large, is made.
+    grad_a = (narrow.mT @ x).to(lora_a.dtype)
+    grad_x = add_product(changed @ weight, narrow, lora_a.to(x.dtype)) if needs_x else x.new_empty(0)
+    return grad_x, grad_a, grad_b.to(lora_b.dtype)
 
 
 def remember(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

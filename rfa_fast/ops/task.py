@@ -7,6 +7,8 @@ its own logits calls on them, :data:`LAUNCHERS` on kernels and :data:`HOST` the 
     gradient   of each row's loss by its logits, times a weight; with it the column sums of the
                probabilities of the labelled retain rows, Σ p (V,)
     sums       the column sums alone
+    scored     stats and gradient of one pass: losses (m,), and the column sums, if asked for; the
+               gradient is written over the logits
 """
 
 from __future__ import annotations
@@ -116,6 +118,55 @@ def _gradient_host(
     return result, sums
 
 
+def _scored_launchers(
+    logits: Tensor, labels: Tensor, group: Tensor, soft_label: Tensor | None, lift: float, softcap: float | None,
+    columns: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    lse, loss = _stats_launchers(logits, labels, group, soft_label, softcap)
+    weights = None if lift == 1.0 else torch.full_like(loss, lift)
+    _, sums = _gradient_launchers(logits, lse, labels, group, soft_label, weights, softcap, True, columns)
+    return loss, sums
+
+
+def _scored_host(
+    logits: Tensor, labels: Tensor, group: Tensor, soft_label: Tensor | None, lift: float, softcap: float | None,
+    columns: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    kept, forgotten = roles(labels, group)
+    hits = torch.where(kept, labels, 0)[:, None]
+    mass = 0.0 if soft_label is None else soft_label.sum()
+    factor = lift * torch.where(kept, 1.0, torch.where(forgotten, mass, 0.0))
+    minus_one, minus_lift = -lift * kept.float()[:, None], -lift * forgotten.float()[:, None]
+    sums = torch.zeros(logits.shape[1], dtype=torch.float32, device=logits.device) if columns else None
+    loss = torch.zeros(logits.shape[0], dtype=torch.float32, device=logits.device)
+    blocks = _blocks(logits)
+    # One buffer for all blocks: a fresh one costs more, page by page, than what is computed in it.
+    buffers = [torch.empty_like(logits[blocks[0]], dtype=torch.float32) for _ in range(1 if softcap is None else 2)]
+    for part in blocks:
+        z = _capped(logits[part], softcap, buffers[0])
+        slope = None if softcap is None else torch.div(z, softcap, out=buffers[1][: z.shape[0]]).square_().neg_().add_(1)
+        z -= z.amax(1, keepdim=True)
+        hit = z.gather(1, hits[part]).squeeze(1)
+        # −Σ ỹ log p = Σ ỹ · log Z − Σ ỹ z, before z is overwritten.
+        soft = z @ soft_label if soft_label is not None else None
+        total = z.exp_().sum(1)
+        log_total = total.log()
+        found = torch.where(kept[part], log_total - hit, 0)
+        if soft is not None:
+            found = torch.where(forgotten[part], mass * log_total - soft, found)
+        loss[part] = found
+        if sums is not None:
+            sums.addmv_(z.mT, kept[part] / total)
+        du = z.mul_((factor[part] / total)[:, None])
+        du.scatter_add_(1, hits[part], minus_one[part])
+        if soft_label is not None:
+            du.addcmul_(minus_lift[part], soft_label)
+        if slope is not None:
+            du *= slope
+        logits[part] = du
+    return loss, sums
+
+
 def _sums_launchers(logits: Tensor, lse: Tensor, labels: Tensor, group: Tensor, softcap: float | None) -> Tensor:
     from rfa_fast.kernels.softmax_gradient import probability_sums
     from rfa_fast.kernels.tuning import choose
@@ -139,22 +190,23 @@ def _blocks(logits: Tensor) -> list[slice]:
     return [slice(start, start + rows) for start in range(0, logits.shape[0], rows)] or [slice(0, 0)]
 
 
-def _capped(logits: Tensor, softcap: float | None) -> Tensor:
-    """The logits in fp32, in a tensor of their own."""
-    wide = logits.to(torch.float32, copy=True)
+def _capped(logits: Tensor, softcap: float | None, buffer: Tensor | None = None) -> Tensor:
+    """The logits in fp32, in a tensor of their own or in the first rows of `buffer`."""
+    wide = logits.to(torch.float32, copy=True) if buffer is None else buffer[: logits.shape[0]].copy_(logits)
     return wide if softcap is None else wide.div_(softcap).tanh_().mul_(softcap)
 
 
 class Rowwise(NamedTuple):
-    """One implementation of the three; see the top of this file."""
+    """One implementation of the four; see the top of this file."""
 
     stats: Callable[..., tuple[Tensor, Tensor]]
     gradient: Callable[..., tuple[Tensor, Tensor | None]]
     sums: Callable[..., Tensor]
+    scored: Callable[..., tuple[Tensor, Tensor | None]]
 
 
-LAUNCHERS = Rowwise(_stats_launchers, _gradient_launchers, _sums_launchers)
-HOST = Rowwise(_stats_host, _gradient_host, _sums_host)
+LAUNCHERS = Rowwise(_stats_launchers, _gradient_launchers, _sums_launchers, _scored_launchers)
+HOST = Rowwise(_stats_host, _gradient_host, _sums_host, _scored_host)
 
 
 def row_weights(retain: Tensor | None, forget: Tensor | None, labels: Tensor, group: Tensor) -> Tensor:
