@@ -144,7 +144,9 @@ def _scored_host(
     buffers = [torch.empty_like(logits[blocks[0]], dtype=torch.float32) for _ in range(1 if softcap is None else 2)]
     for part in blocks:
         z = _capped(logits[part], softcap, buffers[0])
-        slope = None if softcap is None else torch.div(z, softcap, out=buffers[1][: z.shape[0]]).square_().neg_().add_(1)
+        slope = None
+        if softcap is not None:
+            slope = torch.div(z, softcap, out=buffers[1][: z.shape[0]]).square_().neg_().add_(1)
         z -= z.amax(1, keepdim=True)
         hit = z.gather(1, hits[part]).squeeze(1)
         # −Σ ỹ log p = Σ ỹ · log Z − Σ ỹ z, before z is overwritten.
