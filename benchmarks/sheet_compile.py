@@ -7,13 +7,13 @@ processes without `TRITON_INTERPRET`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from cases import BY_ALIGNMENT, CASES, MATRIX_KERNELS, RANKLESS, RANKS, UNALIGNED
 from compiling import MATRIX_INSTRUCTIONS, Compiled, capture, compile_launch
 from occupancy import LIMITS, occupancy
-from rfa_fast.kernels.tuning import TABLES, TARGETS, Config, candidates
+from rfa_fast.kernels.tuning import TABLES, TARGETS, Config, candidates, exact
 from triton.errors import TritonError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -32,10 +32,13 @@ class Job:
     def config(self) -> Config:
         return candidates(self.kernel, self.target, aligned=not self.generic)[self.index]
 
-    @property
-    def shown(self) -> str:
+    def config_for(self, dtype: str) -> Config:
+        """The configuration on operands of a dtype."""
+        return exact(self.kernel, self.target) if dtype == "fp32" else self.config
+
+    def shown(self, dtype: str) -> str:
         """The configuration in words."""
-        c = self.config
+        c = self.config_for(dtype)
         tile = " × ".join(str(size) for size in (c.block_m, c.block_n, c.block_k) if size)
         return f"{tile}, {c.warps} warps, {c.stages} {'stage' if c.stages == 1 else 'stages'}"
 
@@ -86,9 +89,7 @@ def compile_job(job: Job, *, only: Sequence[str] = ()) -> list[Row]:
     for name, dtype in DTYPES.items():
         if (only and name not in only) or (name == "fp32" and not job.generic):
             continue
-        config = job.config
-        if name == "fp32" and config.block_k > 16:
-            config = replace(config, block_k=config.block_k // 2)
+        config = job.config_for(name)
         built = {}
         for rank in RANKS if name == "bf16" and job.kernel not in RANKLESS else RANKS[:1]:
             for case, run in CASES[job.kernel](config, dtype, rank).items():
@@ -115,7 +116,7 @@ def _compile(job: Job, case: str, dtype: str, run: object) -> Compiled:
     try:
         return compile_launch(launches[0], job.target)
     except (TritonError, RuntimeError) as error:
-        where = f"{job.kernel} ({case}, {dtype}) with {job.shown} on {job.target}"
+        where = f"{job.kernel} ({case}, {dtype}) with {job.shown(dtype)} on {job.target}"
         raise RuntimeError(f"{where} does not compile: {type(error).__name__}: {error}") from error
 
 
@@ -128,13 +129,12 @@ def _row(job: Job, dtype: str, built: dict[str, Compiled]) -> Row:
         if one.instruction:
             instructions[one.instruction] = instructions.get(one.instruction, 0) + 1
     row = Row(
-        job.kernel, job.target, job.shown, dtype, job.generic, len(built), (min(registers), max(registers)),
+        job.kernel, job.target, job.shown(dtype), dtype, job.generic, len(built), (min(registers), max(registers)),
         max(c.spilled for c in built.values()), max(c.shared for c in built.values()), worst.blocks, worst.share,
         worst.bound_by, instructions, [name for name, c in built.items() if c.spilled],
     )  # fmt: skip
-    place = f"{job.kernel}, {job.target}, {job.shown}, {dtype}"
-    if dtype != "fp32":
-        row.faults += [f"{place}: spills {c.spilled} bytes ({name})" for name, c in built.items() if c.spilled]
+    place = f"{job.kernel}, {job.target}, {job.shown(dtype)}, {dtype}"
+    row.faults += [f"{place}: spills {c.spilled} bytes ({name})" for name, c in built.items() if c.spilled]
     limit = LIMITS[job.target].shared_per_block
     row.faults += [
         f"{place}: needs {c.shared} bytes of shared memory, {job.target} has {limit} ({name})"

@@ -70,14 +70,14 @@ def _compiled(rows: Sequence[Row]) -> str:
         return ""
     narrow = [row for row in rows if row.dtype != "fp32"]
     cases = sum(row.cases for row in rows)
-    spilled = sum(len(row.spills) for row in narrow)
+    spilled = sum(len(row.spills) for row in rows)
     parts = [
         f"""## Compiled
 
 {cases} compilations: every kernel of `kernels/`, every configuration of `kernels/tuning.py`, five targets; bf16 with
 rank 8 and 64, fp16 with rank 8, every option that leads to different code (`benchmarks/cases.py`). A row stands for
-all its cases: registers from the least to the most, everything else at its worst. **{spilled} of the bf16 and fp16
-cases spill.** "generic" rows are the configuration that any other GPU takes, here on sizes that nothing divides
+all its cases: registers from the least to the most, everything else at its worst. **{spilled} of them spill.**
+"generic" rows are the configuration that any other GPU takes, here on sizes that nothing divides
 (77 × 133 × 99, say), which take it on these GPUs as well.
 
 For comparison: LoRAFusion's forward kernel, which computes no loss, compiles to 208 registers on sm_90 (128 × 256 × 64,
@@ -90,12 +90,13 @@ For comparison: LoRAFusion's forward kernel, which computes no loss, compiles to
     if wide:
         text = """### fp32
 
-fp32 operands take the generic configuration at half the depth. Exact products run outside the tensor cores, one fused
-multiply-add at a time, and a few cases spill some bytes."""
+fp32 operands take the generic configuration at half the depth, or a smaller one where that would spill. Exact products
+run outside the tensor cores, one fused multiply-add at a time."""
         body = [
             (
                 f"`{row.kernel}`",
                 row.target,
+                row.config,
                 row.cases,
                 _span(row.registers),
                 row.spilled,
@@ -104,8 +105,8 @@ multiply-add at a time, and a few cases spill some bytes."""
             )
             for row in wide
         ]
-        heads = ("kernel", "target", "cases", "registers", "spilled bytes", "shared KiB", "occupancy")
-        parts.append(text + "\n\n" + table(heads, body, right=(2, 3, 4, 5, 6)))
+        heads = ("kernel", "target", "configuration", "cases", "registers", "spilled bytes", "shared KiB", "occupancy")
+        parts.append(text + "\n\n" + table(heads, body, right=(3, 4, 5, 6, 7)))
     return "\n\n".join(parts)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-GENERIC = "generic"
+GENERIC, FP32 = "generic", "fp32"
 ALIGNMENT = 16  # elements; what Triton takes for aligned
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 
@@ -81,8 +81,7 @@ def choose(kernel: str, device: torch.device, dtype: torch.dtype, *widths: int) 
     """The configuration a kernel runs with on a device.
 
     Args:
-        dtype: of the operands. 4-byte ones take the generic entry at half the depth: exact fp32 products need
-            registers for every operand, and a large tile would spill.
+        dtype: of the operands; 4-byte ones take what :func:`exact` says.
         widths: lengths of the rows it reads. Where one is not a multiple of 16 elements, loads cannot be
             vectors, every element needs an address of its own, and such a layer takes the generic entry, too.
 
@@ -90,10 +89,26 @@ def choose(kernel: str, device: torch.device, dtype: torch.dtype, *widths: int) 
         >>> choose("linear_forward", torch.device("cpu"), torch.float32).block_k
         16
     """
-    narrow = dtype.itemsize < 4
+    if dtype.itemsize >= 4:
+        return exact(kernel, target_of(device))
     aligned = all(width % ALIGNMENT == 0 for width in widths)
-    config = candidates(kernel, target_of(device), aligned=narrow and aligned)[0]
-    return config if narrow or config.block_k <= 16 else replace(config, block_k=config.block_k // 2)
+    return candidates(kernel, target_of(device), aligned=aligned)[0]
+
+
+def exact(kernel: str, target: str) -> Config:
+    """What a kernel runs with on 4-byte operands.
+
+    Exact fp32 products need registers for every operand, and a large tile would spill: the table's entry for fp32,
+    or the generic one at half the depth.
+
+    Example:
+        >>> exact("lora_a_gradient", "sm_90").block_k
+        64
+    """
+    if FP32 in TABLES[kernel]:
+        return TABLES[kernel][FP32][0]
+    config = candidates(kernel, target, aligned=False)[0]
+    return config if config.block_k <= 16 else replace(config, block_k=config.block_k // 2)
 
 
 # Small enough for 64 KiB of shared memory and 16-bit or 32-bit operands.
@@ -103,6 +118,7 @@ TABLES: dict[str, dict[str, tuple[Config, ...]]] = {
     # Compiled with 0 spills in every mode and for ranks up to 64 (docs/kernels.md); 128 × 256 tiles spill with a loss.
     "linear_forward": {
         GENERIC: (_SMALL,),
+        FP32: (Config(64, 32, 16, warps=8, stages=2),),
         "sm_80": (Config(128, 128, 32, warps=8, stages=4), Config(64, 128, 32, warps=8, stages=4)),
         "sm_90": (Config(128, 128, 64, warps=8, stages=4), Config(64, 128, 64, warps=8, stages=4)),
         "sm_100": (Config(128, 128, 64, warps=8, stages=4), Config(64, 128, 64, warps=8, stages=4)),
@@ -129,6 +145,7 @@ TABLES: dict[str, dict[str, tuple[Config, ...]]] = {
     },
     "lora_down": {
         GENERIC: (Config(16, 0, 64, warps=2, stages=3),),
+        FP32: (Config(16, 0, 32, warps=4, stages=3),),
         "sm_80": (Config(16, 0, 128, warps=4, stages=3),),
         "sm_90": (Config(16, 0, 128, warps=4, stages=3),),
         "sm_100": (Config(16, 0, 128, warps=4, stages=3),),
@@ -137,7 +154,10 @@ TABLES: dict[str, dict[str, tuple[Config, ...]]] = {
     },
     "lora_a_gradient": {GENERIC: (Config(32, 0, 128, warps=4, stages=2),)},
     "feature_mean": {GENERIC: (Config(0, 128, 0, warps=4, stages=1),)},
-    "row_error": {GENERIC: (Config(8, 512, 0, warps=4, stages=1),)},
+    "row_error": {
+        GENERIC: (Config(8, 512, 0, warps=4, stages=1),),
+        FP32: (Config(8, 512, 0, warps=8, stages=1),),
+    },
     # A row's logits go by once: a program per row, as many bytes in flight as its registers hold.
     "softmax_stats": {
         GENERIC: (Config(1, 2048, 0, warps=4, stages=1),),
@@ -158,6 +178,7 @@ TABLES: dict[str, dict[str, tuple[Config, ...]]] = {
     },
     "conv2d_forward": {
         GENERIC: (Config(64, 64, 32, warps=8, stages=2),),
+        FP32: (Config(64, 32, 16, warps=4, stages=2),),
         "sm_80": (Config(128, 128, 32, warps=8, stages=3), Config(64, 64, 32, warps=4, stages=4)),
         "sm_90": (Config(128, 128, 64, warps=8, stages=3), Config(64, 64, 64, warps=4, stages=3)),
         "sm_100": (Config(128, 128, 64, warps=8, stages=3), Config(64, 64, 64, warps=4, stages=3)),

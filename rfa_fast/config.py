@@ -45,6 +45,9 @@ class RFAConfig:
         rows: how a row of a layer's input is told its sample, for all layers or by layer name; see
             :mod:`rfa_fast.groups`.
         shift_labels: whether labels of shape (B, T) are shifted by one (`None`: for causal language models).
+        vocabulary_skip: of a frozen language-model head, leave those blocks of the vocabulary out of the backward whose
+            gradient is at most this fraction of its row's largest entry, `2**-8` say, which is what bf16 resolves;
+            0: none. What it saves and what it changes depends on the model: docs/benchmarks.md.
         backend: which implementation the operators take; see :mod:`rfa_fast.ops.backends`.
         seed: seeds the adapters' initialisation; `None` draws from torch's global generator.
 
@@ -71,6 +74,7 @@ class RFAConfig:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     rows: Rows | Mapping[str, Rows] = "auto"
     shift_labels: bool | None = None
+    vocabulary_skip: float = 0.0
     backend: Backend = "auto"
     seed: int | None = None
 
@@ -78,6 +82,7 @@ class RFAConfig:
         _check_rank("rank", self.rank)
         _check_number("alpha", self.alpha, minimum=0.0, strict=True)
         _check_number("gamma", self.gamma, minimum=0.0, maximum=1.0)
+        _check_number("vocabulary_skip", self.vocabulary_skip, minimum=0.0, maximum=0.5)
         choices = {"mode": Mode, "norm": Norm, "adapter": AdapterKind, "feature_mean": FeatureMean, "backend": Backend}
         for name, kind in choices.items():
             _check_choice(name, getattr(self, name), get_args(kind))

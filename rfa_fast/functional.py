@@ -239,6 +239,7 @@ def rfa_head_loss(
     target: Tensor | None = None,
     norm: Norm = "mse",
     chunk_bytes: int | None = None,
+    skip: float = 0.0,
     backend: Backend = "auto",
 ) -> HeadLoss:
     """Eq. 3 of a language model from its last hidden states, without ever holding all the logits.
@@ -256,6 +257,8 @@ def rfa_head_loss(
         norm: norm of an adapted head's alignment, a unit is a row.
         chunk_bytes: logits held at one time, in bytes; `None`: 256 MiB on an accelerator, 96 MiB on a CPU, where
             shorter products are no slower.
+        skip: in the gradient of a head that is frozen, leave out blocks of 128 classes where every row's entry is at
+            most this fraction of the row's largest; 0: none. `2**-8` is what bf16 resolves. The losses stay exact.
         backend: see :func:`rfa_fast.ops.backends.select`; `"reference"` holds all the logits.
 
     Raises:
@@ -290,11 +293,15 @@ def rfa_head_loss(
         chunk_bytes = CHUNK_BYTES_CPU if hidden.device.type == "cpu" else CHUNK_BYTES
     if chunk_bytes < 1:
         raise ValueError(f"chunk_bytes: got {chunk_bytes}, expected >= 1")
+    if not 0 <= skip < 1:
+        raise ValueError(f"skip: got {skip}, expected a number in [0, 1)")
+    if skip and (lora_a is not None or weight.requires_grad or (bias is not None and bias.requires_grad)):
+        raise ValueError(f"skip: got {skip} for a head with something to train, expected 0: it needs every block")
     chosen, _ = backends.select(backend, hidden)
     return HeadLoss(
         *backends.head_loss(
             chosen, hidden, weight, labels, group, bias, lora_a, lora_b, scale, softcap, mean_prediction, target,
-            norm, chunk_bytes,
+            norm, chunk_bytes, skip,
         )
     )  # fmt: skip
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from kernel_cases import launches
 from rfa_fast.kernels import autotune, tuning
-from rfa_fast.kernels.tuning import GENERIC, TABLES, TARGETS, UNALIGNED, Config, candidates, choose
+from rfa_fast.kernels.tuning import FP32, GENERIC, TABLES, TARGETS, UNALIGNED, Config, candidates, choose, exact
 
 from rfa_fast.functional import rfa_linear
 
@@ -136,10 +137,13 @@ def test_every_route_gives_the_same_layer(monkeypatch, route):
 def test_every_table_has_a_generic_entry_and_knows_its_targets():
     for kernel, table in TABLES.items():
         assert GENERIC in table, kernel
-        assert set(table) <= {GENERIC, *TARGETS}, kernel
+        assert set(table) <= {GENERIC, FP32, *TARGETS}, kernel
         assert candidates(kernel, "sm_75") == table[GENERIC]
         for target in TARGETS:
             assert candidates(kernel, target, aligned=False) == UNALIGNED.get((kernel, target), table[GENERIC])
     assert all(kernel in TABLES and target in TARGETS for kernel, target in UNALIGNED)
+    assert exact("row_error", "sm_90") == TABLES["row_error"][FP32][0]
+    half = exact("lora_a_gradient", "gfx942")
+    assert half == replace(TABLES["lora_a_gradient"][GENERIC][0], block_k=64)
     with pytest.raises(ValueError, match="kernel: got 'linear', expected one of 'linear_forward'"):
         candidates("linear", GENERIC)

@@ -60,6 +60,7 @@ REJECTED: dict[str, tuple[dict[str, Any], type[Exception], tuple[str, ...]]] = {
     "shift_labels": ({"shift_labels": "auto"}, TypeError, ("shift_labels: got 'auto'", "True, False or None")),
     "adapter_dtype int": ({"adapter_dtype": torch.int8}, TypeError, ("adapter_dtype: got torch.int8", "torch.float32")),
     "adapter_dtype text": ({"adapter_dtype": "float32"}, TypeError, ("adapter_dtype: got 'float32'", "torch.float32")),
+    "vocabulary_skip": ({"vocabulary_skip": 2.0}, ValueError, ("vocabulary_skip: got 2.0", ">= 0 and <= 0.5")),
     "seed float": ({"seed": 1.0}, TypeError, ("seed: got 1.0", "an integer or None")),
     "seed bool": ({"seed": True}, TypeError, ("seed: got True", "an integer or None")),
     "rank_pattern list": ({"rank_pattern": ["fc"]}, TypeError, ("rank_pattern: got ['fc']", "dict of layer name")),
@@ -87,7 +88,8 @@ def test_survives_json(dtype: torch.dtype) -> None:
     config = RFAConfig(
         rank=3, alpha=5.5, mode="teacher", norm="l2", gamma=0.25, weights=(1, 2, 3, 4), adapter="dora", rslora=True,
         adapter_dtype=dtype, feature_mean="token", rank_pattern={"a": 2}, alpha_pattern={"a": 1.5},
-        rows={"b": "flat"}, shift_labels=False, backend="reference", seed=7,
+        rows={"b": "flat"}, shift_labels=False, vocabulary_skip=0.25,
+        backend="reference", seed=7,
     )  # fmt: skip
     written = json.loads(json.dumps(config.to_dict()))
     assert RFAConfig.from_dict(written) == config

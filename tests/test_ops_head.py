@@ -204,7 +204,7 @@ def arguments(needs_gradient=True, softcap=None, dtype=torch.float32):
     hidden, weight, bias = (tensors[name].detach().to(dtype) for name in ("hidden", "weight", "bias"))
     fallback = torch.full((20,), 0.05)
     hidden.requires_grad_(needs_gradient)
-    return hidden, weight, bias, labels, group, fallback, softcap, 4 * 20 * dtype.itemsize, needs_gradient
+    return hidden, weight, bias, labels, group, fallback, softcap, 4 * 20 * dtype.itemsize, 0.0, needs_gradient
 
 
 @pytest.mark.parametrize("interpreted", ["1", "0"], ids=["kernels", "host"])

@@ -33,6 +33,7 @@ from rfa_fast.ops.task import HOST, LAUNCHERS, PROBABILITY_SUMS, TASK_SUMS, Roww
 # A vocabulary's probabilities lie below what fp16 resolves, where torch would have the loss scale on them already.
 # A row's gradient is at most twice the largest weight, so there is room.
 FP16_LIFT = 256.0
+BLOCK = 128  # of the vocabulary, skipped or not as a whole
 
 
 class Head(NamedTuple):
@@ -65,7 +66,7 @@ def _rows_per_chunk(chunk_bytes: int, classes: int, dtype: torch.dtype) -> int:
 
 def _walk(
     rowwise: Rowwise, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, group: Tensor,
-    fallback: Tensor | None, softcap: float | None, chunk_bytes: int, needs_gradient: bool,
+    fallback: Tensor | None, softcap: float | None, chunk_bytes: int, skip: float, needs_gradient: bool,
 ) -> Head:  # fmt: skip
     """One pass over the labelled rows, the retain rows first; only compacting them waits for the device."""
     kept, forgotten = roles(labels, group)
@@ -105,9 +106,30 @@ def _walk(
             soft_label = _mean(shares, retained, fallback) if soft_label is None else soft_label
             forget += score(logits[split:], part[split:], soft_label)
         if needs_gradient:
-            gradient.index_copy_(0, part, logits @ weight)
+            gradient.index_copy_(0, part, _backward_product(logits, weight, skip))
     soft_label = _mean(shares, retained, fallback) if soft_label is None else soft_label
     return Head(retain, forget, kept.sum(), forgotten.sum(), soft_label, gradient)
+
+
+def _backward_product(gradient: Tensor, weight: Tensor, skip: float) -> Tensor:
+    """dX = dZ · W `(m, K)`; with `skip`, without the blocks of the vocabulary where dZ is next to nothing.
+
+    Next to nothing is at most `skip` times the largest entry of its row, in every row; a NaN is not.
+    """
+    whole = weight.shape[0] // BLOCK * BLOCK
+    if not skip or not whole or not gradient.shape[0]:
+        return gradient @ weight
+    blocks, rest = gradient[:, :whole].unflatten(1, (-1, BLOCK)), gradient[:, whole:]
+    low, high = blocks.aminmax(dim=2)
+    size = torch.maximum(-low, high)
+    largest = size.amax(1, keepdim=True)
+    if rest.shape[1]:
+        largest = torch.maximum(largest, rest.abs().amax(1, keepdim=True))
+    used = (~(size <= skip * largest)).any(0).nonzero().squeeze(1)
+    if used.shape[0] == blocks.shape[1]:
+        return gradient @ weight
+    product = blocks[:, used].flatten(1) @ weight[:whole].unflatten(0, (-1, BLOCK))[used].flatten(0, 1)
+    return product.addmm_(rest, weight[whole:]) if rest.shape[1] else product
 
 
 def _mean(shares: Tensor, retained: int, fallback: Tensor | None) -> Tensor:
@@ -129,7 +151,7 @@ def _host(*args: Any) -> Head:
 
 def _fake(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, group: Tensor, fallback: Tensor | None,
-    softcap: float | None, chunk_bytes: int, needs_gradient: bool,
+    softcap: float | None, chunk_bytes: int, skip: float, needs_gradient: bool,
 ) -> Head:  # fmt: skip
     sums = [torch.empty((), dtype=torch.float32, device=hidden.device) for _ in range(2)]
     counts = [torch.empty((), dtype=torch.int64, device=hidden.device) for _ in range(2)]
@@ -141,7 +163,7 @@ def _fake(
 _HEAD = register(
     "head_loss",
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor group, Tensor? fallback, float? softcap, "
-    "int chunk_bytes, bool needs_gradient) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "int chunk_bytes, float skip, bool needs_gradient) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     launchers=_launchers,
     host=_host,
     fake=_fake,
@@ -159,7 +181,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, retain: Tensor | None, forget: Tensor | None, *rest: Tensor | None) -> tuple[Any, ...]:
     gradient, labels, group = ctx.saved_tensors
     weights = row_weights(retain, forget, labels, group) / _lift(gradient.dtype)
-    return (gradient * weights[:, None]).to(gradient.dtype), *([None] * 8)
+    return (gradient * weights[:, None]).to(gradient.dtype), *([None] * 9)
 
 
 _HEAD.register_autograd(_backward, setup_context=_setup_context)
@@ -167,7 +189,7 @@ _HEAD.register_autograd(_backward, setup_context=_setup_context)
 _HEAD_IN_TORCH = register(
     "head_loss_torch",
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor group, Tensor? fallback, float? softcap, "
-    "int chunk_bytes, bool needs_gradient) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "int chunk_bytes, float skip, bool needs_gradient) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     launchers=_host,
     host=_host,
     fake=_fake,
@@ -188,14 +210,14 @@ def trained(tensors: Iterable[Tensor | None]) -> bool:
 
 def frozen_head_loss(
     backend: str, hidden: Tensor, weight: Tensor, labels: Tensor, group: Tensor, bias: Tensor | None,
-    softcap: float | None, fallback: Tensor | None, chunk_bytes: int,
+    softcap: float | None, fallback: Tensor | None, chunk_bytes: int, skip: float,
 ) -> HeadResult:  # fmt: skip
     """The loss of a head that only passes gradients on, in one walk; arguments are taken as checked."""
     fallback = None if fallback is None else fallback.detach()
     hidden, weight, bias = autocast(hidden, weight, bias)  # type: ignore[assignment]
     operator = _HEAD if backend == "triton" else _HEAD_IN_TORCH
     needs_gradient = torch.is_grad_enabled() and hidden.requires_grad
-    out = Head(*operator(hidden, weight, bias, labels, group, fallback, softcap, chunk_bytes, needs_gradient))
+    out = Head(*operator(hidden, weight, bias, labels, group, fallback, softcap, chunk_bytes, skip, needs_gradient))
     return out.retain, out.forget, out.retain_count, out.forget_count, out.soft_label, None, None
 
 
@@ -213,10 +235,11 @@ def head_loss(
     target: Tensor | None,
     norm: Norm,
     chunk_bytes: int,
+    skip: float,
 ) -> HeadResult:
     """The loss of :func:`rfa_fast.functional.rfa_head_loss` on fused kernels; arguments are taken as checked."""
     if lora_a is None and not trained((weight, bias)):
-        return frozen_head_loss("triton", hidden, weight, labels, group, bias, softcap, fallback, chunk_bytes)
+        return frozen_head_loss("triton", hidden, weight, labels, group, bias, softcap, fallback, chunk_bytes, skip)
     fallback = None if fallback is None else fallback.detach()
     return _trained_head(
         hidden, weight, labels, group, bias, lora_a, lora_b, scale, softcap, fallback, target, norm, chunk_bytes
