@@ -143,8 +143,8 @@ def _fused(
     config = context.config
     if not isinstance(head, RFALayer):
         sums = rfa_head_loss(
-            hidden.flatten(0, 1), head.weight, rows, codes, head.bias, mean_prediction=fallback, skip=config.vocabulary_skip,
-            backend=config.backend,
+            hidden.flatten(0, 1), head.weight, rows, codes, head.bias, mean_prediction=fallback,
+            skip=config.vocabulary_skip, backend=config.backend,
         )  # fmt: skip
         return _terms(sums, sums.mean_prediction, batch)
     target, known = head.target(hidden.flatten(0, 1), codes)

@@ -92,8 +92,8 @@ def patch(model: nn.Module, targets: Targets = "deep", **options: Any) -> RFA:
     head = targets_module.output_embeddings(model)
     if config.vocabulary_skip and any(model.get_submodule(target.name) is head for target in plan.adapted):
         raise ValueError(
-            f"vocabulary_skip: got {config.vocabulary_skip} for a model whose head is adapted, expected 0: its adapters' "
-            "gradients need every block of the vocabulary"
+            f"vocabulary_skip: got {config.vocabulary_skip} for a model whose head is adapted, expected 0: "
+            "the gradients of its adapters need every block of the vocabulary"
         )
     backends.select(config.backend, model.get_submodule(plan.adapted[0].name).weight)  # type: ignore[arg-type]
     return RFA(model, plan, config)

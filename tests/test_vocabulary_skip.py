@@ -43,7 +43,8 @@ def test_what_it_changes_is_small_and_the_losses_are_exact():
     group = (torch.arange(32) % 4 == 0).to(torch.int8)
     exact, whole = gradient(hidden, weight, labels, group, bias)
     out, thinned = gradient(hidden, weight, labels, group, bias, skip=2**-8)
-    assert torch.equal(exact.retain, out.retain) and torch.equal(exact.forget, out.forget)
+    assert torch.equal(exact.retain, out.retain)
+    assert torch.equal(exact.forget, out.forget)
     assert torch.equal(exact.mean_prediction, out.mean_prediction)
     assert 0 < (thinned - whole).norm() < 0.02 * whole.norm()
 

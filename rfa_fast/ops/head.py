@@ -119,7 +119,8 @@ def _backward_product(gradient: Tensor, weight: Tensor, skip: float) -> Tensor:
     whole = weight.shape[0] // BLOCK * BLOCK
     if not skip or not whole or not gradient.shape[0]:
         return gradient @ weight
-    blocks, rest = gradient[:, :whole].unflatten(1, (-1, BLOCK)), gradient[:, whole:]
+    blocks = gradient[:, :whole].view(gradient.shape[0], -1, BLOCK)
+    rest = gradient[:, whole:]
     low, high = blocks.aminmax(dim=2)
     size = torch.maximum(-low, high)
     largest = size.amax(1, keepdim=True)
@@ -128,7 +129,8 @@ def _backward_product(gradient: Tensor, weight: Tensor, skip: float) -> Tensor:
     used = (~(size <= skip * largest)).any(0).nonzero().squeeze(1)
     if used.shape[0] == blocks.shape[1]:
         return gradient @ weight
-    product = blocks[:, used].flatten(1) @ weight[:whole].unflatten(0, (-1, BLOCK))[used].flatten(0, 1)
+    kept = weight[:whole].reshape(-1, BLOCK, weight.shape[1])[used].flatten(0, 1)
+    product = blocks[:, used].flatten(1) @ kept
     return product.addmm_(rest, weight[whole:]) if rest.shape[1] else product
 
 
