@@ -170,9 +170,8 @@ def measure_full3b(options: Options, folder: Path, say: Say, child: Child = in_c
         row = {key: found[key] for key in ("contender", "weights", "peak", "above_weights", "state")}
         part["rows"].append({"kind": "live storage, fake tensors", **row, "facts": facts(counted)})
         save(folder, part)
-    if options.memory:
-        say("full3b: a real step of ours")
-        name = "ours" if options.compiled else "ours-eager"
+    for name in ("ours", "ours-eager")[not options.compiled :] if options.memory else ():
+        say(f"full3b: a real step of {name}")
         found = child("memory", workload=workload.to_dict(), contender=name, warmup=1, steps=1)
         part["rows"].append({"kind": "resident, measured", **found})
         save(folder, part)
@@ -243,7 +242,7 @@ def steps_of(part: str, options: Options) -> int:
     if part == "table12":
         return (1 if options.tiny else len(options.models) or 4) * (2 + 6 * each)
     if part in ("full3b", "profile"):
-        return 6 if part == "full3b" else 2
+        return 6 + options.compiled if part == "full3b" else 2
     return 2 if options.tiny else len(TOKENS) + len(RANKS) + len(LAYERS)
 
 
