@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rfa_fast.functional import rfa_linear
 from rfa_fast.ops import linear as fused
-from rfa_fast.ops.linear_torch import Linear
+from rfa_fast.ops.linear_torch import Linear, add_product
 
 KINDS = ["mixed", "retain", "forget", "ignored"]
 
@@ -323,3 +323,18 @@ def test_compile_sees_the_kernels_on_a_gpu():
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", GPU_GRAPH], capture_output=True, text=True, env=environment)
     assert done.stdout.split() == ["6", "False", "6", "False"], done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_product_is_added_in_place(dtype):
+    generator = torch.Generator().manual_seed(0)
+    base, left, right = (torch.randn(s, generator=generator).to(dtype) for s in ((5, 7), (5, 3), (3, 7)))
+    wanted = (base.double() + left.double() @ right.double()).to(dtype)
+    torch.library.opcheck(torch.ops.rfa_fast.add_product_, (base.clone(), left, right))
+    counter = CompileCounterWithBackend("eager")
+    for add in (add_product, torch.compile(add_product, backend=counter, fullgraph=True)):
+        mine = base.clone()
+        found = add(mine, left, right)
+        assert found.data_ptr() == mine.data_ptr()
+        assert torch.allclose(found, wanted, rtol=2 * torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps)
+    assert any("add_product" in str(node.target) for node in counter.graphs[0].graph.nodes)
