@@ -119,9 +119,8 @@ class BlockResult:
             ]
             subset = key.partition("/")[0]
             range_words = f"{100 * spread.low:.2f} to {100 * spread.high:.2f} %"
-            found.append(
-                f"Retrain over {spread.n} seeds, {subset}: {'; '.join([range_words, *([', '.join(told)] if told else [])])}."
-            )
+            words = "; ".join([range_words, *([", ".join(told)] if told else [])])
+            found.append(f"Retrain over {spread.n} seeds, {subset}: {words}.")
         return found
 
 
