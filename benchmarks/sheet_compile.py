@@ -28,17 +28,15 @@ class Job:
     index: int
     generic: bool = False
 
-    @property
-    def config(self) -> Config:
-        return candidates(self.kernel, self.target, aligned=not self.generic)[self.index]
-
-    def config_for(self, dtype: str) -> Config:
+    def config(self, dtype: str) -> Config:
         """The configuration on operands of a dtype."""
-        return exact(self.kernel, self.target) if dtype == "fp32" else self.config
+        if dtype == "fp32":
+            return exact(self.kernel, self.target)
+        return candidates(self.kernel, self.target, aligned=not self.generic)[self.index]
 
     def shown(self, dtype: str) -> str:
         """The configuration in words."""
-        c = self.config_for(dtype)
+        c = self.config(dtype)
         tile = " × ".join(str(size) for size in (c.block_m, c.block_n, c.block_k) if size)
         return f"{tile}, {c.warps} warps, {c.stages} {'stage' if c.stages == 1 else 'stages'}"
 
@@ -89,7 +87,7 @@ def compile_job(job: Job, *, only: Sequence[str] = ()) -> list[Row]:
     for name, dtype in DTYPES.items():
         if (only and name not in only) or (name == "fp32" and not job.generic):
             continue
-        config = job.config_for(name)
+        config = job.config(name)
         built = {}
         for rank in RANKS if name == "bf16" and job.kernel not in RANKLESS else RANKS[:1]:
             for case, run in CASES[job.kernel](config, dtype, rank).items():

@@ -170,12 +170,19 @@ def measure_full3b(options: Options, folder: Path, say: Say, child: Child = in_c
         row = {key: found[key] for key in ("contender", "weights", "peak", "above_weights", "state")}
         part["rows"].append({"kind": "live storage, fake tensors", **row, "facts": facts(counted)})
         save(folder, part)
-    for name in ("ours", "ours-eager")[not options.compiled :] if options.memory else ():
+    for name in real_steps(options):
         say(f"full3b: a real step of {name}")
         found = child("memory", workload=workload.to_dict(), contender=name, warmup=1, steps=1)
         part["rows"].append({"kind": "resident, measured", **found})
         save(folder, part)
     return part
+
+
+def real_steps(options: Options) -> tuple[str, ...]:
+    """Whose real step of the whole model is measured."""
+    if not options.memory:
+        return ()
+    return ("ours", "ours-eager") if options.compiled else ("ours-eager",)
 
 
 TOKENS = (256, 512, 1024, 2048, 4096, 8192)
@@ -242,7 +249,7 @@ def steps_of(part: str, options: Options) -> int:
     if part == "table12":
         return (1 if options.tiny else len(options.models) or 4) * (2 + 6 * each)
     if part in ("full3b", "profile"):
-        return 6 + options.compiled if part == "full3b" else 2
+        return 5 + len(real_steps(options)) if part == "full3b" else 2
     return 2 if options.tiny else len(TOKENS) + len(RANKS) + len(LAYERS)
 
 

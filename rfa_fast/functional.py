@@ -301,7 +301,7 @@ def rfa_head_loss(
     return HeadLoss(
         *backends.head_loss(
             chosen, hidden, weight, labels, group, bias, lora_a, lora_b, scale, softcap, mean_prediction, target,
-            norm, chunk_bytes, skip,
+            norm, chunk_bytes, skip=skip,
         )
     )  # fmt: skip
 

@@ -21,7 +21,6 @@ from rfa_fast.groups import Batch, GroupContext, LayerTerms, batch_of, make_batc
 from rfa_fast.head import check_labels, logits_and_task
 from rfa_fast.modules import RFALayer
 from rfa_fast.objective import RFALoss, accumulation_dtype, combine
-from rfa_fast.prefix import Prefix
 
 Inputs = Tensor | Mapping[str, Any]
 Means = Mapping[str, tuple[Tensor, Tensor]]
@@ -79,7 +78,6 @@ def evaluate(
     model: nn.Module,
     names: Sequence[str],
     context: GroupContext,
-    prefix: Prefix,
     inputs: Inputs,
     labels: Tensor,
     batch: Batch,
@@ -91,7 +89,6 @@ def evaluate(
 
     Args:
         names: the adapted layers.
-        prefix: what need not run twice in teacher mode.
         memory, mean_prediction: of the batch before, for groups this one does not have.
         prefix_output: what the prefix returns for this batch, where that is known and its blocks answer with it.
 
@@ -101,11 +98,10 @@ def evaluate(
     context.begin(batch, memory)
     context.prefix_output = prefix_output
     try:
-        with prefix.shared(context):
-            if context.config.mode == "teacher":
-                args, kwargs = ((inputs,), {}) if isinstance(inputs, Tensor) else ((), inputs)
-                record_teacher(model, names, context, args, kwargs)
-            task = logits_and_task(model, inputs, labels, batch, context, mean_prediction)
+        if context.config.mode == "teacher":
+            args, kwargs = ((inputs,), {}) if isinstance(inputs, Tensor) else ((), inputs)
+            record_teacher(model, names, context, args, kwargs)
+        task = logits_and_task(model, inputs, labels, batch, context, mean_prediction)
         retain, forget = alignment(names, context)
         losses = combine(
             retain, forget, task.retain, task.forget, layers=len(names), gamma=context.config.gamma,

@@ -89,8 +89,8 @@ def patch(model: nn.Module, targets: Targets = "deep", **options: Any) -> RFA:
     config = RFAConfig(**options)
     plan = targets_module.select(model, targets)
     config = fit_ranks(model, plan, config)
-    head = targets_module.output_embeddings(model)
-    if config.vocabulary_skip and any(model.get_submodule(target.name) is head for target in plan.adapted):
+    head = targets_module.output_embeddings(model) if config.vocabulary_skip else None
+    if head is not None and any(model.get_submodule(target.name) is head for target in plan.adapted):
         raise ValueError(
             f"vocabulary_skip: got {config.vocabulary_skip} for a model whose head is adapted, expected 0: "
             "the gradients of its adapters need every block of the vocabulary"
@@ -231,9 +231,9 @@ class RFA:
         self._check_live()
         self._check_enabled()
         batch = prepare(self.config, inputs, labels, forget, valid, self._device())
-        with self._one_at_a_time(), eval_behaviour(self.model):
+        with self._one_at_a_time(), eval_behaviour(self.model), self._prefix.shared(self._context):
             found = evaluate(
-                self.model, self.names, self._context, self._prefix, inputs, labels, batch, remembered(self.layers),
+                self.model, self.names, self._context, inputs, labels, batch, remembered(self.layers),
                 self._context.mean_prediction,
             )  # fmt: skip
         self._keep(found)

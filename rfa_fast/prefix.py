@@ -56,7 +56,6 @@ class Prefix:
         self._blocks = [model.get_submodule(name) for name in names]
         self.adjacent = all(_adjacent(names)[1:])
         self._runs = _adjacent(names)
-        self._sharing = False
         self._functions: tuple[list[Any], list[Callable[..., Any]]] = [], []
 
     @contextmanager
@@ -67,8 +66,7 @@ class Prefix:
         attention's, and so nothing behind the first block. The functions are the same from one batch to the next,
         for that is what a compiled graph asks of a module's forward.
         """
-        cached = context.prefix_output is not None
-        if not self._blocks or context.config.mode != "teacher" or cached or self._sharing:
+        if not self._blocks or context.config.mode != "teacher":
             yield
             return
         own = [block.__dict__.get("forward") for block in self._blocks]
@@ -76,12 +74,10 @@ class Prefix:
         if not functions or any(a is not b for a, b in zip(own, before, strict=True)):
             functions = [self._answering(i, block.forward, context) for i, block in enumerate(self._blocks)]
             self._functions = own, functions
-        self._sharing = True
         try:
             with self._in_front(functions):
                 yield
         finally:
-            self._sharing = False
             context.prefix_outputs = {}
 
     def run(self, model: nn.Module, inputs: Tensor | Mapping[str, Any]) -> Tensor:

@@ -225,9 +225,7 @@ class Step:
         prefix_output: Tensor | None,
     ) -> Evaluation:  # fmt: skip
         rfa = self.rfa
-        return evaluate(
-            rfa.model, rfa.names, rfa._context, rfa._prefix, inputs, labels, batch, memory, prediction, prefix_output
-        )
+        return evaluate(rfa.model, rfa.names, rfa._context, inputs, labels, batch, memory, prediction, prefix_output)
 
     def _prefix_output(self, inputs: Inputs, size: int) -> Tensor | None:
         """What the prefix returns for a batch, from the cache or from a run of its own; `None` without a cache."""

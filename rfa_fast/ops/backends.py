@@ -111,18 +111,18 @@ def conv2d(backend: str, x: Tensor, *arguments: Any) -> plain.LayerResult:
     return fused(x, *arguments)
 
 
-def head_loss(backend: str, hidden: Tensor, *arguments: Any) -> plain.HeadResult:
+def head_loss(backend: str, hidden: Tensor, *arguments: Any, skip: float) -> plain.HeadResult:
     """The loss of :func:`rfa_fast.functional.rfa_head_loss`; arguments as :func:`rfa_fast.ops.plain.head_loss`'s."""
     if backend == "reference" or hidden.numel() == 0 or hidden.dtype == torch.float64:
-        return plain.head_loss(_in_torch(backend), hidden, *arguments[:-1])
+        return plain.head_loss(_in_torch(backend), hidden, *arguments)
     from rfa_fast.ops import head
 
     if backend == "triton":
-        return head.head_loss(hidden, *arguments)
-    weight, labels, group, bias, lora_a, _, _, softcap, fallback, _, _, chunk_bytes, skip = arguments
+        return head.head_loss(hidden, *arguments, skip=skip)
+    weight, labels, group, bias, lora_a, _, _, softcap, fallback, _, _, chunk_bytes = arguments
     if lora_a is None and not head.trained((weight, bias)):
         return head.frozen_head_loss(backend, hidden, weight, labels, group, bias, softcap, fallback, chunk_bytes, skip)
-    return plain.head_loss(backend, hidden, *arguments[:-1])
+    return plain.head_loss(backend, hidden, *arguments)
 
 
 def _in_torch(backend: str) -> str:

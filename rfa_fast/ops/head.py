@@ -237,6 +237,7 @@ def head_loss(
     target: Tensor | None,
     norm: Norm,
     chunk_bytes: int,
+    *,
     skip: float,
 ) -> HeadResult:
     """The loss of :func:`rfa_fast.functional.rfa_head_loss` on fused kernels; arguments are taken as checked."""

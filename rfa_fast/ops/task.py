@@ -13,7 +13,7 @@ its own logits calls on them, :data:`LAUNCHERS` on kernels and :data:`HOST` the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -58,22 +58,29 @@ def _stats_host(
     logits: Tensor, labels: Tensor, group: Tensor, soft_label: Tensor | None, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
     kept, forgotten = roles(labels, group)
-    hits = torch.where(kept, labels, 0)[:, None]
-    stats, losses = [], []
-    for part in _blocks(logits):
-        z = _capped(logits[part], softcap)
-        top = z.amax(1, keepdim=True)
-        z -= top
-        hit = z.gather(1, hits[part]).squeeze(1)
-        # −Σ ỹ log p = Σ ỹ · log Z − Σ ỹ z, before z is overwritten.
-        soft = z @ soft_label if soft_label is not None else None
-        log_total = z.exp_().sum(1).log_()
-        loss = torch.where(kept[part], log_total - hit, 0)
-        if soft_label is not None and soft is not None:
-            loss = torch.where(forgotten[part], soft_label.sum() * log_total - soft, loss)
-        losses.append(loss)
-        stats.append(torch.stack([top.squeeze(1), log_total]))
-    return torch.where(kept | forgotten, torch.cat(stats, 1), 0), torch.cat(losses)
+    hits, mass = torch.where(kept, labels, 0)[:, None], _mass(soft_label)
+    stats, loss = torch.zeros(2, *labels.shape, device=logits.device), torch.zeros(labels.shape, device=logits.device)
+    for part, z in _blocks(logits, softcap):
+        top, total, loss[part] = _exponentials(z, hits[part], Roles(kept[part], forgotten[part]), soft_label, mass)
+        stats[0, part], stats[1, part] = top, total.log_()
+    return torch.where(kept | forgotten, stats, 0), loss
+
+
+def _exponentials(
+    z: Tensor, hits: Tensor, chosen: Roles, soft_label: Tensor | None, mass: Tensor | float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Write exp(z − maximum) over rows of logits; their maxima, the sums of that, and their losses, each `(m,)`."""
+    top = z.amax(1, keepdim=True)
+    z -= top
+    hit = z.gather(1, hits).squeeze(1)
+    # −Σ ỹ log p = Σ ỹ · log Z − Σ ỹ z, before z is overwritten.
+    soft = z @ soft_label if soft_label is not None else None
+    total = z.exp_().sum(1)
+    log_total = total.log()
+    loss = torch.where(chosen.kept, log_total - hit, 0)
+    if soft is not None:
+        loss = torch.where(chosen.forgotten, mass * log_total - soft, loss)
+    return top.squeeze(1), total, loss
 
 
 def _gradient_launchers(
@@ -95,27 +102,40 @@ def _gradient_host(
     softcap: float | None, in_place: bool, columns: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     kept, forgotten = roles(labels, group)
-    hits, minus_one = torch.where(kept, labels, 0)[:, None], -kept.float()[:, None]
-    mass = 0.0 if soft_label is None else soft_label.sum()
-    factor = torch.where(kept, 1.0, torch.where(forgotten, mass, 0.0))[:, None]
+    hits, mass = torch.where(kept, labels, 0)[:, None], _mass(soft_label)
+    factor = torch.where(kept, 1.0, torch.where(forgotten, mass, 0.0))
     sums = torch.zeros(logits.shape[1], dtype=torch.float32, device=logits.device) if columns else None
     result = logits if in_place else torch.empty_like(logits)
-    for part in _blocks(logits):
-        z = _capped(logits[part], softcap)
-        slope = None if softcap is None else 1 - (z / softcap).square()
+    for part, z in _blocks(logits, softcap):
+        slope = _slope(z, softcap)
         du = z.sub_(lse[0, part, None]).sub_(lse[1, part, None]).exp_()
         if sums is not None:
             sums += kept[part].float() @ du
-        du *= factor[part]
-        du.scatter_add_(1, hits[part], minus_one[part])
-        if soft_label is not None:
-            du.addcmul_(forgotten[part].float()[:, None], soft_label, value=-1)
-        if slope is not None:
-            du *= slope
+        du *= factor[part, None]
+        _less_target(du, hits[part], Roles(kept[part], forgotten[part]), soft_label, slope)
         if weights is not None:
             du *= weights[part, None]
         result[part] = du
     return result, sums
+
+
+def _mass(soft_label: Tensor | None) -> Tensor | float:
+    """Σ ỹ."""
+    return 0.0 if soft_label is None else soft_label.sum()
+
+
+def _slope(z: Tensor, softcap: float | None) -> Tensor | None:
+    """The derivative of the cap where it gave z."""
+    return None if softcap is None else 1 - (z / softcap).square()
+
+
+def _less_target(du: Tensor, hits: Tensor, chosen: Roles, soft_label: Tensor | None, slope: Tensor | None) -> None:
+    """Take the targets from the probabilities, times what they sum to, in place; then through the cap."""
+    du.scatter_add_(1, hits, -chosen.kept.float()[:, None])
+    if soft_label is not None:
+        du.addcmul_(chosen.forgotten.float()[:, None], soft_label, value=-1)
+    if slope is not None:
+        du *= slope
 
 
 def _scored_launchers(
@@ -133,38 +153,19 @@ def _scored_host(
     columns: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     kept, forgotten = roles(labels, group)
-    hits = torch.where(kept, labels, 0)[:, None]
-    mass = 0.0 if soft_label is None else soft_label.sum()
-    factor = lift * torch.where(kept, 1.0, torch.where(forgotten, mass, 0.0))
-    minus_one, minus_lift = -lift * kept.float()[:, None], -lift * forgotten.float()[:, None]
+    hits, mass = torch.where(kept, labels, 0)[:, None], _mass(soft_label)
+    factor = torch.where(kept, 1.0, torch.where(forgotten, mass, 0.0))
     sums = torch.zeros(logits.shape[1], dtype=torch.float32, device=logits.device) if columns else None
     loss = torch.zeros(logits.shape[0], dtype=torch.float32, device=logits.device)
-    blocks = _blocks(logits)
-    # One buffer for all blocks: a fresh one costs more, page by page, than what is computed in it.
-    buffers = [torch.empty_like(logits[blocks[0]], dtype=torch.float32) for _ in range(1 if softcap is None else 2)]
-    for part in blocks:
-        z = _capped(logits[part], softcap, buffers[0])
-        slope = None
-        if softcap is not None:
-            slope = torch.div(z, softcap, out=buffers[1][: z.shape[0]]).square_().neg_().add_(1)
-        z -= z.amax(1, keepdim=True)
-        hit = z.gather(1, hits[part]).squeeze(1)
-        # −Σ ỹ log p = Σ ỹ · log Z − Σ ỹ z, before z is overwritten.
-        soft = z @ soft_label if soft_label is not None else None
-        total = z.exp_().sum(1)
-        log_total = total.log()
-        found = torch.where(kept[part], log_total - hit, 0)
-        if soft is not None:
-            found = torch.where(forgotten[part], mass * log_total - soft, found)
-        loss[part] = found
+    for part, z in _blocks(logits, softcap):
+        slope, chosen = _slope(z, softcap), Roles(kept[part], forgotten[part])
+        _, total, loss[part] = _exponentials(z, hits[part], chosen, soft_label, mass)
         if sums is not None:
             sums.addmv_(z.mT, kept[part] / total)
         du = z.mul_((factor[part] / total)[:, None])
-        du.scatter_add_(1, hits[part], minus_one[part])
-        if soft_label is not None:
-            du.addcmul_(minus_lift[part], soft_label)
-        if slope is not None:
-            du *= slope
+        _less_target(du, hits[part], chosen, soft_label, slope)
+        if lift != 1.0:
+            du *= lift
         logits[part] = du
     return loss, sums
 
@@ -181,21 +182,21 @@ def _sums_launchers(logits: Tensor, lse: Tensor, labels: Tensor, group: Tensor, 
 def _sums_host(logits: Tensor, lse: Tensor, labels: Tensor, group: Tensor, softcap: float | None) -> Tensor:
     kept = roles(labels, group).kept.float()
     sums = torch.zeros(logits.shape[1], dtype=torch.float32, device=logits.device)
-    for part in _blocks(logits):
-        sums += kept[part] @ _capped(logits[part], softcap).sub_(lse[0, part, None]).sub_(lse[1, part, None]).exp_()
+    for part, z in _blocks(logits, softcap):
+        sums += kept[part] @ z.sub_(lse[0, part, None]).sub_(lse[1, part, None]).exp_()
     return sums
 
 
-def _blocks(logits: Tensor) -> list[slice]:
-    """Rows that are taken at a time, so that what is computed of them stays in the cache of a core."""
+def _blocks(logits: Tensor, softcap: float | None) -> Iterator[tuple[slice, Tensor]]:
+    """Rows a few at a time, so that what is computed of them stays in the cache of a core: which, and their logits
+    in fp32, capped. One buffer serves them all: a fresh one costs more, page by page, than what is computed in it.
+    """
     rows = max(1, BLOCK_BYTES // (4 * max(1, logits.shape[1])))
-    return [slice(start, start + rows) for start in range(0, logits.shape[0], rows)] or [slice(0, 0)]
-
-
-def _capped(logits: Tensor, softcap: float | None, buffer: Tensor | None = None) -> Tensor:
-    """The logits in fp32, in a tensor of their own or in the first rows of `buffer`."""
-    wide = logits.to(torch.float32, copy=True) if buffer is None else buffer[: logits.shape[0]].copy_(logits)
-    return wide if softcap is None else wide.div_(softcap).tanh_().mul_(softcap)
+    buffer = torch.empty_like(logits[:rows], dtype=torch.float32)
+    for start in range(0, logits.shape[0], rows):
+        part = slice(start, start + rows)
+        z = buffer[: logits.shape[0] - start].copy_(logits[part])
+        yield part, z if softcap is None else z.div_(softcap).tanh_().mul_(softcap)
 
 
 class Rowwise(NamedTuple):
