@@ -271,7 +271,7 @@ def plot_slice(part: Mapping[str, Any], place: Path) -> str:
         shown = [row["contender"] for row in known]
         colours = ["#3b6ea5" if name.startswith("ours") else "#9a9a9a" for name in shown]
         axes[1].barh(shown, [row["memory"]["above"] / GIB for row in known], color=colours)
-        axes[1].set(xlabel="memory above one copy of the weights, GiB")
+        axes[1].set(xlabel="memory above the weights, GiB")
         axes[1].invert_yaxis()
 
     _figure(place, 2, draw)
@@ -289,7 +289,7 @@ def plot_table12(part: Mapping[str, Any], place: Path) -> str:
         axes[0].axvline(1.0, color="#9a9a9a", lw=1)
         axes[0].set(xlabel="ours / Finetune")
         axes[0].invert_yaxis()
-        axes[0].legend(fontsize=8)
+        axes[0].legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
 
     _figure(place, 1, draw)
     return "Bars of the time of our step over Finetune's for each model, with the paper's quotient as a tick."
