@@ -247,7 +247,7 @@ def conv2d_epilogue(
     if output_p == 1 and product_p == 1:
         unit_n = common_unit(unit, product.stride(2), output.stride(1))
     elif output.stride(1) == 1 and product.stride(2) == 1:
-        unit_p = common_unit(unit, product_p)
+        unit_p = common_unit(unit, product_p, output_p)
     unit = unit_n * unit_p
     if samples > 0:
         launch(conv2d_epilogue_kernel)[(grid_m, grid_n, chunks)](

@@ -273,6 +273,8 @@ BASE = {
 }  # fmt: skip
 EXPLICIT = {
     "one-pixel-of-one-sample": {"b": 1, "c": 1, "n": 1, "spare": (0, 0), "kernel": (1, 1), "padding": 0, "rank": 1},
+    # A single output channel: y's image has no stride but 1, while x' lies beside h.
+    "one-output-channel": {"b": 2, "c": 2, "n": 1, "spare": (0, 1), "kernel": (1, 1), "padding": 0, "rank": 1},
     "depthwise-bf16": {"groups": 4, "c": 1, "n": 1, "dtype": torch.bfloat16, "layout": "nchw"},
     "same-even-kernel": {"padding": "same", "kernel": (2, 4), "rank": 8},
     "stride-beyond-the-kernel": {"stride": (3, 2), "kernel": (2, 1), "padding": 0, "layout": "sliced"},
