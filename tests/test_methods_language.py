@@ -119,8 +119,8 @@ def test_simnpo() -> None:
     method, twin, _ = moved("simnpo", beta=2.5, gamma=0.2)
     found = log_probs(twin, batch())
     means = [torch.stack(sample).mean() for sample in forgotten(found)]
-    terms = [-torch.log(1 / (1 + torch.exp(2.5 * mean + 0.2))) for mean in means]
-    check(method, twin, 2 / 2.5 * torch.stack(terms).mean() + retain_ce(found))
+    terms = [-torch.log(1 / (1 + torch.exp(2.5 * (mean + 0.2)))) for mean in means]
+    check(method, twin, 0.125 * 2 / 2.5 * torch.stack(terms).mean() + retain_ce(found))
 
 
 def test_rmu() -> None:

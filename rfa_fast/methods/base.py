@@ -113,6 +113,11 @@ class Method(ABC):
         """Passes over the data that a run of `epochs` takes; each is an epoch to the loop."""
         return epochs
 
+    @classmethod
+    def forget_passes(cls, options: Mapping[str, Any], epochs: int) -> frozenset[int]:
+        """Which of :meth:`passes` (from 0) read the samples to forget and no others, in batches full of them."""
+        return frozenset()
+
     def prepare(self, forget: Iterator[Batch]) -> None:  # noqa: B027
         """Before the first step of a run, and not when one is resumed: `forget` is all there is to forget, once."""
 

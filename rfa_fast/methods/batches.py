@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -46,7 +46,8 @@ class BatchSource(ABC):
     Attributes:
         forget_ids: names of the samples to forget.
         retain_ids: of those to keep, `None` when they cannot be counted.
-        steps_per_epoch: `None` when it cannot be known.
+        steps_per_epoch: of a pass over the retained data; `None` when it cannot be known.
+        forget_epochs, forget_steps: the epochs (from 0) that go over the samples to forget alone, and their steps.
         settings: what the order depends on, JSON-safe.
         forget_pass: what is to be forgotten, once and in its own order, whatever the order of the batches.
     """
@@ -54,6 +55,8 @@ class BatchSource(ABC):
     forget_ids: list[str]
     retain_ids: list[str] | None
     steps_per_epoch: int | None
+    forget_epochs: frozenset[int]
+    forget_steps: int
     settings: dict[str, Any]
     forget_pass: ForgetPass
 
@@ -66,6 +69,13 @@ class BatchSource(ABC):
         Raises:
             ValueError: no batch, or a loader that does not repeat the order of the run's first part.
         """
+
+    def total_steps(self, epochs: int) -> int | None:
+        """Steps of so many epochs, `None` when it cannot be known."""
+        alone = sum(epoch in self.forget_epochs for epoch in range(epochs))
+        if self.steps_per_epoch is None:
+            return None
+        return alone * self.forget_steps + (epochs - alone) * self.steps_per_epoch
 
     def fingerprint(self) -> str | None:
         """Digest of the last batch, `None` where the order cannot differ."""
@@ -90,6 +100,7 @@ class DatasetSource(BatchSource):
         pad_token_id: int,
         seed: int,
         device: torch.device,
+        forget_epochs: frozenset[int] = frozenset(),
     ) -> None:
         for name, data in (("forget", forget), ("retain", retain)):
             if not size_of(data):
@@ -109,6 +120,7 @@ class DatasetSource(BatchSource):
             len(self.forget_ids), len(self.retain_ids), size, forget_per_batch=forget_per_batch, seed=seed
         )
         self.steps_per_epoch = self._sampler.batches
+        self.forget_epochs, self.forget_steps = forget_epochs, -(-len(self.forget_ids) // size)
         self.settings = {"data": "datasets", "batch_size": size, "forget_per_batch": forget_per_batch}
 
     def batches(
@@ -117,11 +129,20 @@ class DatasetSource(BatchSource):
         """See :meth:`BatchSource.batches`."""
         for at in range(epoch, epochs):
             start = epoch_step if at == epoch else 0
-            self._sampler.set_epoch(at, start)
-            for number, indices in enumerate(self._sampler, start + 1):
+            for number, indices in enumerate(self._order(at, start), start + 1):
                 seed_generators(derive_seed(self._seed, "draw", step), self._device)
                 yield Drawn(at, number, Batch(*collate_mixed([self.mixed[i] for i in indices], self._collate)))
                 step += 1
+
+    def _order(self, epoch: int, start: int) -> Iterable[list[int]]:
+        """Indices into the mixed data of an epoch's batches, from batch `start` on."""
+        if epoch not in self.forget_epochs:
+            self._sampler.set_epoch(epoch, start)
+            return self._sampler
+        first, count, size = len(self.mixed) - len(self.forget_ids), len(self.forget_ids), self._sampler.batch_size
+        generator = torch.Generator().manual_seed(derive_seed(self._seed, "forget epoch", epoch))
+        order = (torch.randperm(count, generator=generator) + first).tolist()
+        return [order[i : i + size] for i in range(start * size, count, size)]
 
     def example(self) -> Parts | None:
         """The first sample to forget."""
@@ -132,11 +153,19 @@ class LoaderSource(BatchSource):
     """A batch of each of two DataLoaders per step; the retain loader's end is the epoch's end.
 
     The forget loader is gone through again and again, without regard to epochs, so that a long one
-    is seen to its end. Shuffling loaders are seeded for the run, their own generators included.
+    is seen to its end; an epoch over the samples to forget alone reads them beside it, in their own order. Shuffling
+    loaders are seeded for the run, their own generators included.
     """
 
     def __init__(
-        self, forget: DataLoader[Any], retain: DataLoader[Any], *, pad_token_id: int, seed: int, device: torch.device
+        self,
+        forget: DataLoader[Any],
+        retain: DataLoader[Any],
+        *,
+        pad_token_id: int,
+        seed: int,
+        device: torch.device,
+        forget_epochs: frozenset[int] = frozenset(),
     ) -> None:
         if forget.drop_last:
             raise ValueError(
@@ -157,6 +186,7 @@ class LoaderSource(BatchSource):
         self._forget, self._retain, self._pad = forget, retain, pad_token_id
         self._seed, self._device = seed, device
         self.forget_pass = ForgetPass.of_loader(forget, seed, device)
+        self.forget_epochs, self.forget_steps = forget_epochs, len(self.forget_pass)
         self._last: Batch | None = None
         self.settings = {"data": "loaders", "batch_size": None, "forget_per_batch": None}
 
@@ -166,13 +196,19 @@ class LoaderSource(BatchSource):
         """See :meth:`BatchSource.batches`."""
         with self._generators_restored():
             forget = self._forget_batches()
-            at = step - epoch_step
+            at = step - epoch_step - self.forget_steps * sum(past < epoch for past in self.forget_epochs)
             for past in range(at):
                 self._seeded("forget", past)
                 next(forget)
             for now in range(epoch, epochs):
-                retain = self._iterator(self._retain, "retain", now)
-                replayed, number = epoch_step if now == epoch else 0, 0
+                replayed = epoch_step if now == epoch else 0
+                if now in self.forget_epochs:
+                    for number, batch in enumerate(self.forget_pass, 1):
+                        self._last = batch
+                        if number > replayed:
+                            yield Drawn(now, number, batch)
+                    continue
+                retain, number = self._iterator(self._retain, "retain", now), 0
                 while True:
                     self._seeded("retain", at)
                     kept = next(retain, None)
@@ -248,8 +284,9 @@ def open_source(
     pad_token_id: int,
     seed: int,
     device: torch.device,
+    forget_epochs: frozenset[int] = frozenset(),
 ) -> BatchSource:
-    """The batches of two datasets, or of two loaders.
+    """The batches of two datasets, or of two loaders; those of `forget_epochs` hold samples to forget alone.
 
     Raises:
         TypeError: one of each, or neither.
@@ -261,7 +298,9 @@ def open_source(
         given["forget_per_batch"] = forget_per_batch != "auto"
         if odd := [name for name, is_given in given.items() if is_given]:
             raise ValueError(f"{', '.join(odd)}: got a value beside DataLoaders, expected none: they decide it")
-        return LoaderSource(forget, retain, pad_token_id=pad_token_id, seed=seed, device=device)
+        return LoaderSource(
+            forget, retain, pad_token_id=pad_token_id, seed=seed, device=device, forget_epochs=forget_epochs
+        )
     for name, data, is_loader in zip(("forget", "retain"), (forget, retain), loaders, strict=True):
         indexed = hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, Mapping | str)
         if any(loaders) or not indexed:
@@ -269,7 +308,7 @@ def open_source(
             raise TypeError(f"{name}: got {got}, expected both sets as map-style datasets, or both as DataLoaders")
     return DatasetSource(
         forget, retain, batch_size=batch_size, forget_per_batch=forget_per_batch, collate_fn=collate_fn,
-        pad_token_id=pad_token_id, seed=seed, device=device,
+        pad_token_id=pad_token_id, seed=seed, device=device, forget_epochs=forget_epochs,
     )  # fmt: skip
 
 

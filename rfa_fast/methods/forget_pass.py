@@ -51,6 +51,10 @@ class ForgetPass:
         size = None if items_are_batches else loader.batch_size or _SIZE
         return cls(loader.dataset, loader.collate_fn, size, seed, device)
 
+    def __len__(self) -> int:
+        """Batches."""
+        return -(-len(self.dataset) // (self.size or 1))
+
     def __iter__(self) -> Iterator[Batch]:
         with isolated_generators(self.device):
             batches = iter(DataLoader(self.dataset, batch_size=self.size, collate_fn=self.collate))

@@ -286,8 +286,8 @@ class Loop:
             return "until"
         if options.max_steps is None or step < options.max_steps:
             return None
-        last = self.source.steps_per_epoch
-        return "finished" if last and step >= last * options.epochs else "max_steps"
+        last = self.source.total_steps(options.epochs)
+        return "finished" if last and step >= last else "max_steps"
 
     def _satisfied(self) -> bool:
         options = self.options

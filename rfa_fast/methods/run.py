@@ -125,8 +125,7 @@ class Run:
         except BaseException:
             method.remove()
             raise
-        steps = self.source.steps_per_epoch
-        total = None if steps is None else steps * self.options.epochs
+        total = self.source.total_steps(self.options.epochs)
         if self.options.max_steps is not None:
             total = self.options.max_steps if total is None else min(total, self.options.max_steps)
         report = ProgressReport(f"unlearn ({method.name})", total, start=loop.state.step, enabled=progress)

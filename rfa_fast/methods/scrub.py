@@ -31,13 +31,14 @@ class SCRUB(WeightsMethod):
         d(x) = T² KL(softmax(f_o(x) / T) ‖ softmax(f_θ(x) / T)),  f_o the original model
 
     Each of the first `max_epochs` epochs of a run is a max pass followed by a min pass, every further one a
-    min pass. To the loop every pass is an epoch, in the history too: `epochs=1` makes two. A max pass reads
-    the batches' forget samples only, a min pass the retained ones only.
+    min pass. To the loop every pass is an epoch, in the history too: `epochs=1` makes two. A max pass goes once
+    over D_f, in batches full of it; a min pass goes over D_r and leaves out the batches' forget samples.
 
     Options:
         max_epochs: epochs that begin with a max pass.
         temperature: T.
-        alpha, gamma: weights of the min pass; the defaults are ones in common use with T = 4, not figures of the paper.
+        alpha, gamma: weights of the min pass; the defaults are those of the authors' notebook for large-scale
+            unlearning (github.com/meghdadk/SCRUB), which has T = 4 too. It makes 2 max and 3 min passes by SGD.
         rewind: go back, at the end, to the weights after that min pass whose error on the forget samples was
             closest to this (0 to 1): the error that unseen samples of their kind have, which a run does not
             know and the authors measure on a validation set. Costs one more copy of the trained weights and
@@ -66,15 +67,19 @@ class SCRUB(WeightsMethod):
         most: int = options["max_epochs"]
         return epochs + min(most, epochs)
 
+    @classmethod
+    def forget_passes(cls, options: Mapping[str, Any], epochs: int) -> frozenset[int]:
+        """The max passes: every other pass, from the first, as long as there are max passes left."""
+        return frozenset(range(0, 2 * min(options["max_epochs"], epochs), 2))
+
     def __init__(self, model: nn.Module, *, seed: int, **options: Any) -> None:
         super().__init__(model, seed=seed, **options)
         self._maximises = False
         self._best: dict[str, Tensor] = {}
 
     def begin_epoch(self, epoch: int, epochs: int) -> None:
-        """Passes take turns, a max pass first, as long as there are max passes left."""
-        pairs = min(self.options["max_epochs"], epochs // 2)
-        self._maximises = epoch < 2 * pairs and epoch % 2 == 0
+        """Passes take turns, a max pass first."""
+        self._maximises = epoch in self.forget_passes(self.options, epochs // 2)
 
     def loss(self, batch: Batch) -> Mapping[str, Tensor]:
         """The loss of the pass under way; the terms of the other one are 0."""

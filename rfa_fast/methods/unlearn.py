@@ -91,7 +91,7 @@ def unlearn(
         method: one of :data:`METHODS`: `"rfa"` trains adapters; `"retrain"`, `"neggrad"`, `"finetune"`, `"badt"`,
             `"scrub"`, `"salun"`, and for language models `"graddiff"`, `"npo"`, `"simnpo"` and `"rmu"`, the weights
             themselves.
-        epochs: passes over `retain` (`"scrub"` makes another over `forget` before the first).
+        epochs: passes over `retain` (`"scrub"` makes one over `forget` before the first).
         batch_size: samples per batch, retained and forget together; 128, for text 32.
         lr, weight_decay: of AdamW.
         seed: of adapters, order, augmentation and dropout. Two runs with one seed end bit-equal on a
@@ -157,13 +157,14 @@ def unlearn(
     kind = METHODS[method]
     place = checks.device_of(model, device)
     with isolated_generators(place):
+        method_settings = kind.settings(options)
+        passes = kind.passes(method_settings, epochs)
         source = open_source(
             forget, retain, batch_size=batch_size, forget_per_batch=forget_per_batch, collate_fn=collate_fn,
             pad_token_id=checks.pad_token_id(model), seed=seed, device=place,
+            forget_epochs=kind.forget_passes(method_settings, epochs),
         )  # fmt: skip
-        method_settings = kind.settings(options)
-        passes = kind.passes(method_settings, epochs)
-        every = until_every or max(1, (source.steps_per_epoch or 500) * passes // 10)
+        every = until_every or max(1, (source.total_steps(passes) or 500 * passes) // 10)
         given = {**numbers, **source.settings, "forget_count": len(source.forget_ids)}
         given |= {"lr": lr, "weight_decay": weight_decay, "seed": seed}
         given |= {
