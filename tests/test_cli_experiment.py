@@ -181,9 +181,10 @@ def test_a_run_that_diverges_is_a_row_without_figures(
         (["table1", *TINY, "--budget", "soon"], "such as 3h"),
         (["table1", *TINY, "--budget", "0.01s", "--methods", "rfa"], "or more for this plan at its smallest"),
         (["table1", *TINY, "--methods", ","], "expected names with commas"),
+        (["table1", *TINY, "--autocast", "float16"], "'float16', expected torch.bfloat16"),
     ],
     ids=["table", "no table", "method", "metric", "class", "keyword", "empty", "data", "absent", "set", "set method",
-         "set option", "time", "budget", "no method"],
+         "set option", "time", "budget", "no method", "autocast"],
 )  # fmt: skip
 def test_bad_input_is_one_line_and_nothing_is_trained(
     words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -195,6 +196,16 @@ def test_bad_input_is_one_line_and_nothing_is_trained(
     assert message in plain(result.stderr)
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "out" / "table.csv").exists()
+
+
+def test_in_another_precision_nothing_is_shared(finished: tuple[Path, Result], tmp_path: Path) -> None:
+    place, _ = finished
+    words = ["--methods", "scrub,rfa-residual", "--seeds", "1", "--scenario", "class:3", "--autocast", "bfloat16"]
+    result = run("table1", *TINY, *STEPS, *words, "--cache", str(place / "cache"), "--output", str(tmp_path / "out"))
+    assert "for 4 rows and 2 trained models, from a probe of 3 steps" in plain(result.stderr)
+    assert "warm-up steps, cosine schedule, products in bfloat16 (" in plain(result.stdout)
+    rows = [json.loads(path.read_text(encoding="utf-8"))["settings"] for path in place.glob("cache/rows/*/cells/*rfa*")]
+    assert sorted(row["options"].get("autocast", "") for row in rows) == ["", "", "", "", "bfloat16"]
 
 
 def test_a_full_disk_is_said_and_leaves_nothing_half_written(

@@ -91,6 +91,10 @@ def experiment(
         int | None, typer.Option(metavar="N", help="Threads of each process. Figures are bit-equal for equal numbers.",
                                  min=1, rich_help_panel=_RUN, show_default="cores / jobs")
     ] = None,
+    autocast: Annotated[
+        str | None, typer.Option(metavar="bfloat16", help="Train and unlearn in this where torch.autocast does; "
+                                 "measure in the model's own.", rich_help_panel=_RUN, show_default=False)
+    ] = None,
     forecast_only: Annotated[
         bool, typer.Option("--forecast-only", help="Print the forecast and leave.", rich_help_panel=_RUN)
     ] = False,
@@ -143,6 +147,7 @@ def experiment(
         from rfa_fast.experiments.tables.catalogue import find_tables
         from rfa_fast.experiments.tables.experiment import choose_pairs, quick_sizes, run
         from rfa_fast.experiments.tables.plan import Choice, Sizes
+        from rfa_fast.methods.checks import autocast_dtype
 
         for variable, value in (("TRANSFORMERS_VERBOSITY", "error"), ("HF_HUB_DISABLE_PROGRESS_BARS", "1")):
             os.environ.setdefault(variable, value)  # a report and a bar for every model that is opened are too many
@@ -166,6 +171,7 @@ def experiment(
             quick=quick,
             overrides=read_settings(setting or []),
             validation=validation,
+            autocast=None if autocast is None else str(autocast_dtype(autocast)).removeprefix("torch."),
             data=data_folder,
             cache=cache_folder(cache),
         )

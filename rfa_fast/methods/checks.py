@@ -67,17 +67,22 @@ def numbers(*, lr: float, weight_decay: float, max_grad_norm: float | None, seed
         raise TypeError(f"seed: got {seed!r}, expected an integer")
 
 
-def autocast_dtype(dtype: torch.dtype | None) -> None:
-    """Only bfloat16: float16 underflows without a loss scale.
+def autocast_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """The dtype, or the one of this name. Only bfloat16: float16 underflows without a loss scale.
 
     Raises:
         ValueError: another dtype.
+
+    Example:
+        >>> autocast_dtype("bfloat16")
+        torch.bfloat16
     """
-    if dtype not in (None, torch.bfloat16):
-        raise ValueError(
-            f"autocast: got {dtype!r}, expected torch.bfloat16 or None; gradients in float16 need a loss scale, which "
-            "this loop has not"
-        )
+    if dtype in (None, torch.bfloat16, "bfloat16"):
+        return None if dtype is None else torch.bfloat16
+    raise ValueError(
+        f"autocast: got {dtype!r}, expected torch.bfloat16 or None; gradients in float16 need a loss scale, which "
+        "this loop has not"
+    )
 
 
 def callables(

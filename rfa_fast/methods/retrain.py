@@ -61,7 +61,7 @@ def train(
     collate_fn: Callable[[list[Any]], Any] | None = None,
     max_steps: int | None = None,
     max_grad_norm: float | None = None,
-    autocast: torch.dtype | None = None,
+    autocast: torch.dtype | str | None = None,
     device: str | torch.device | None = None,
     callbacks: Iterable[Callable[[StepRecord], object]] = (),
     progress: bool = True,
@@ -87,7 +87,7 @@ def train(
         collate_fn: makes a batch of items; by default tensors are stacked and texts padded.
         max_steps: stop after that many steps.
         max_grad_norm: clip the gradient to this norm.
-        autocast: `torch.bfloat16` computes in it where autocast does.
+        autocast: `torch.bfloat16`, or its name, computes in it where autocast does.
         device: move the model there first.
         callbacks: each is called with every step's record.
         progress: show loss, rate and remaining time on standard error, under the name `label`.
@@ -106,7 +106,7 @@ def train(
     """
     checks.positive_integers(epochs=epochs, batch_size=batch_size, max_steps=max_steps)
     checks.numbers(lr=lr, weight_decay=weight_decay, max_grad_norm=max_grad_norm, seed=seed)
-    checks.autocast_dtype(autocast)
+    autocast = checks.autocast_dtype(autocast)
     calls = checks.callables(callbacks)
     if isinstance(warmup_steps, bool) or not isinstance(warmup_steps, int) or warmup_steps < 0:
         raise ValueError(f"warmup_steps: got {warmup_steps!r}, expected an integer >= 0")

@@ -71,7 +71,7 @@ def unlearn(
     until_every: int | None = None,
     callbacks: Iterable[Callable[[StepRecord], object]] = (),
     progress: bool = True,
-    autocast: torch.dtype | None = None,
+    autocast: torch.dtype | str | None = None,
     device: str | torch.device | None = None,
     merge: bool | torch.dtype = True,
     **options: Any,
@@ -109,7 +109,7 @@ def unlearn(
         until_every: by default a tenth of the run.
         callbacks: each is called with every step's record.
         progress: show loss, rate and remaining time on standard error.
-        autocast: `torch.bfloat16` computes in it where autocast does.
+        autocast: `torch.bfloat16`, or its name, computes in it where autocast does.
         device: move the model there first.
         merge: fold the result into the weights; a dtype casts the model to it first, because rounding into
             bf16 can undo the forgetting. `False`: the adapters stay live in `result.rfa` (which for a method
@@ -142,7 +142,7 @@ def unlearn(
     numbers = {"epochs": epochs, "batch_size": batch_size, "max_steps": max_steps}
     checks.positive_integers(**numbers, checkpoint_every=checkpoint_every, until_every=until_every)
     checks.numbers(lr=lr, weight_decay=weight_decay, max_grad_norm=max_grad_norm, seed=seed)
-    checks.autocast_dtype(autocast)
+    autocast = checks.autocast_dtype(autocast)
     if not isinstance(merge, bool | torch.dtype) or (isinstance(merge, torch.dtype) and not merge.is_floating_point):
         raise TypeError(f"merge: got {merge!r}, expected True, False or a floating dtype")
     calls = checks.callables(evaluate=evaluate, until=until, callbacks=callbacks)

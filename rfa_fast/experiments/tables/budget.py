@@ -224,7 +224,7 @@ class Forecaster:
 
     def _rates(self, name: str, experiment: Experiment) -> dict[str, float]:
         """Those noted earlier, completed by a probe where training or measuring was not noted."""
-        noted = Rates(self.choice.cache, name)
+        noted = Rates(self.choice.cache, name, autocast=self.choice.autocast)
         keys = {row.spec.cost_key for unit in self.units if unit.pair == name
                 for rows in unit.scenarios.values() for row in rows.values()}  # fmt: skip
         found = {key: rate for key in (TRAIN, MEASURE, *sorted(keys)) if (rate := noted.get(key)) is not None}

@@ -51,6 +51,7 @@ class Choice:
         quick: one scenario of each kind, and no more epochs of unlearning than the pair has for this.
         overrides: method or row -> options of :func:`rfa_fast.unlearn` in place of the pair's.
         validation: measure on a tenth of the training data, held out.
+        autocast: `"bfloat16"`: training and unlearning compute in it where autocast does; measuring never.
         data: folder of the data; `None`: where it is found.
         cache: folder of trained models and finished rows.
     """
@@ -67,8 +68,14 @@ class Choice:
     quick: bool = False
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     validation: bool = False
+    autocast: str | None = None
     data: Path | None = None
     cache: Path = Path()
+
+    @property
+    def numerics(self) -> dict[str, Any]:
+        """What :func:`rfa_fast.methods.train` and :func:`rfa_fast.unlearn` are both told."""
+        return {} if self.autocast is None else {"autocast": self.autocast}
 
     def options(self, row: RowSpec) -> dict[str, Any]:
         """What the user set for this row, by its method's name and by its own."""

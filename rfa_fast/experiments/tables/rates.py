@@ -2,7 +2,7 @@
 
 Seconds per sample and pass: of training, of unlearning by each method, of measuring. They are rough
 (a batch's last samples, a checkpoint, another job on the machine are all in them), which is what a forecast
-can be. With another number of threads they say little, so each is kept under its own.
+can be. With another number of threads, or in another precision, they say little: each is kept under its own.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ class Rates:
         cache: the folder that the rows are kept in.
         pair: its name.
         threads: of torch; those of this process unless given.
+        autocast: name of the dtype that products are taken in, if not the model's.
 
     Example:
         >>> import tempfile
@@ -41,11 +42,11 @@ class Rates:
         (0.002, None)
     """
 
-    def __init__(self, cache: Path, pair: str, threads: int | None = None) -> None:
+    def __init__(self, cache: Path, pair: str, threads: int | None = None, autocast: str | None = None) -> None:
         self.path = cache / "rows" / pair.replace("/", "-") / "rates.json"
-        self.threads = str(torch.get_num_threads() if threads is None else threads)
+        count = torch.get_num_threads() if threads is None else threads
         self._all = self._read()
-        self._values = self._all.setdefault(self.threads, {})
+        self._values = self._all.setdefault(f"{count}" if autocast is None else f"{count} {autocast}", {})
         self._changed = False
 
     def get(self, key: str) -> float | None:

@@ -105,7 +105,8 @@ class Workshop:
             self._data[pair, group] = (_spaced(held.train, sizes.limit), _spaced(held.test, sizes.limit))
         train, test = self._data[pair, group]
         name = f"{made.name}-validation" if self.choice.validation else made.name
-        found = replace(made, name=name, train=train, test=test)
+        recipe = {**made.recipe, **self.choice.numerics}
+        found = replace(made, name=name, train=train, test=test, recipe=recipe)
         self._experiments[pair, seed, group] = found
         return found
 
@@ -134,6 +135,7 @@ class Workshop:
             options = row.spec.keywords(
                 pair, kind, forgotten * row.spec.repeat, unit.seed, row.epochs, self.choice.options(row.spec)
             )
+            options |= self.choice.numerics
             most = pair.quick[3]
             if self.choice.quick and most is not None and options.get("epochs", 1) > most:
                 options["epochs"] = most
@@ -142,7 +144,7 @@ class Workshop:
 
     def compute(self, unit: Unit) -> dict[str, Found]:
         """Every row of a unit, those finished earlier read: scenario -> figures."""
-        rates = Rates(self.choice.cache, unit.pair)
+        rates = Rates(self.choice.cache, unit.pair, autocast=self.choice.autocast)
         return {scenario: self._compute(unit, scenario, rates) for scenario in unit.scenarios}
 
     def _compute(self, unit: Unit, scenario: str, rates: Rates) -> Found:
