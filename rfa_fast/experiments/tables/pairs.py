@@ -130,6 +130,7 @@ _IMAGE_RFA: Mapping[str, Options] = {"class": {"lr": 1e-3, "weights": [1.0, 0.1,
 _FASHION_RESNET: Mapping[str, Mapping[str, Options]] = {
     "finetune": {"": {"lr": 2e-4}},
     "badt": {"class": {"lr": 2e-4}},
+    "scrub": {"": {"lr": 2e-4}},
     "salun": {"class": {"lr": 2e-4}, "sample": {"lr": 1e-5}},
     "rfa": {"": {"lr": 1e-3, "weights": [1.0, 0.1, 1.0, 0.1]}},
 }
