@@ -15,6 +15,7 @@ from torch.utils.data import Subset
 from rfa_fast.data import split_by_sample
 from rfa_fast.experiments.common import Row
 from rfa_fast.experiments.measuring import FEATURE_ITEMS, Measures
+from rfa_fast.experiments.tables import experiment
 from rfa_fast.experiments.tables.aggregate import gaps, mean_absolute_gap, ranks, summarise
 from rfa_fast.experiments.tables.budget import LADDER, Extent, Forecaster, read_budget
 from rfa_fast.experiments.tables.catalogue import TABLES, find_tables
@@ -264,6 +265,13 @@ class Counted(Forecaster):
         self.extents = {(pair, ""): Extent(train, 10_000, {"sample:128": 128, "class:0": train // 10}, 5)}
 
 
+@pytest.mark.parametrize(("jobs", "threads", "expected"), [(1, 1, 1), (2, 1, 2), (3, 1, 2), (3, 2, 1), (2, 4, 1)])
+def test_jobs_beyond_the_cores_wait(jobs: int, threads: int, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr("torch.get_num_threads", lambda: threads)
+    assert experiment._abreast(jobs) == expected
+
+
 def test_a_budget_takes_the_largest_sizes_that_fit() -> None:
     pair = "fashion-mnist/resnet18"
     forecaster = Counted(Choice(("table1",), (pair,), methods=("neggrad",), seeds=1))
@@ -276,6 +284,7 @@ def test_a_budget_takes_the_largest_sizes_that_fit() -> None:
     found = forecaster.fit(300)[pair]
     assert found.limit is not None
     assert found.limit < 60_000
+    assert forecaster.fit(150, abreast=2)[pair] == found
     assert Counted(forecaster.choice, train=1000).fit(10.5)[pair].limit == 512  # four times 128
     with pytest.raises(ValueError, match="or more for this plan"):
         forecaster.fit(0.5)

@@ -202,16 +202,16 @@ class Forecaster:
             samples if given.samples is None or (samples is not None and samples < given.samples) else given.samples,
         )
 
-    def fit(self, budget: float) -> dict[str, Sizes]:
-        """The largest sizes whose plan takes less than `budget` seconds.
+    def fit(self, budget: float, abreast: int = 1) -> dict[str, Sizes]:
+        """The largest sizes whose plan takes less than `budget` seconds with `abreast` seeds computed at a time.
 
         Raises:
             ValueError: even the smallest take longer; the message says how long.
         """
         for step in LADDER:
-            if self.total(step) <= _MARGIN * budget:
+            if self.total(step) / abreast <= _MARGIN * budget:
                 return {pair: self.sizes(pair, step) for pair in self.rates}
-        least = self.total(LADDER[-1]) / _MARGIN
+        least = self.total(LADDER[-1]) / abreast / _MARGIN
         raise ValueError(
             f"budget: got {budget:g} s, expected {math.ceil(least)} s or more for this plan at its smallest; ask for "
             "fewer seeds, methods or tables"

@@ -8,6 +8,7 @@ because part of it is finished.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -136,7 +137,7 @@ def _run(
     _check(units, shop)
     forecaster = Forecaster(units, choice, shop)
     if budget is not None:
-        choice = replace(choice, sizes=_within_budget(forecaster, choice, budget, output, say))
+        choice = replace(choice, sizes=_within_budget(forecaster, choice, budget, _abreast(jobs), output, say))
         shop = Workshop(choice, say=_unsaid, progress=progress)
         _check(units, shop)
         forecaster.choice, forecaster.shop = choice, shop
@@ -145,9 +146,10 @@ def _run(
     estimate = forecaster.estimate()
     several = f", {jobs} seeds at a time," if jobs > 1 else ""
     finished = f"; {estimate.finished} rows are finished" if estimate.finished else ""
+    time = words(estimate.seconds / _abreast(jobs))
     say(
-        f"Forecast: {words(estimate.seconds / jobs)}{several} for {estimate.rows} rows and {estimate.models} trained "
-        f"models, {estimate.source}{finished}."
+        f"Forecast: {time}{several} for {estimate.rows} rows and {estimate.models} trained models, {estimate.source}"
+        f"{finished}."
     )
     if forecast_only:
         return []
@@ -205,12 +207,17 @@ _OF_THE_LOOP = ("method", "epochs", "batch_size", "lr", "weight_decay", "seed", 
                 "max_grad_norm", "autocast", "device", "merge")  # fmt: skip
 
 
+def _abreast(jobs: int) -> int:
+    """How many of the jobs the cores can serve at once; the others only wait beside them."""
+    return max(1, min(jobs, (os.cpu_count() or 1) // torch.get_num_threads()))
+
+
 def _within_budget(
-    forecaster: Forecaster, choice: Choice, budget: float, output: Path, say: Say
+    forecaster: Forecaster, choice: Choice, budget: float, abreast: int, output: Path, say: Say
 ) -> Mapping[str, Sizes]:
     """The sizes chosen for this request earlier, else those that fit now, which are kept."""
     path = output / PLAN_FILE
-    request = json.loads(json.dumps({**asdict(choice), "budget": budget}, default=str))
+    request = json.loads(json.dumps({**asdict(choice), "budget": budget, "abreast": abreast}, default=str))
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
         if kept["request"] == request:
@@ -218,7 +225,7 @@ def _within_budget(
             return {pair: Sizes(**sizes) for pair, sizes in kept["sizes"].items()}
     except (OSError, ValueError, KeyError, TypeError):
         pass  # none yet, or one that cannot be read: it is chosen anew
-    sizes = forecaster.fit(budget)
+    sizes = forecaster.fit(budget, abreast)
     content = {"request": request, "sizes": {pair: asdict(size) for pair, size in sizes.items()}}
     write_atomically(path, json.dumps(content, indent=1) + "\n")
     say(f"For {words(budget)}:")
