@@ -126,9 +126,9 @@ def _of_the_paper(name: str) -> Callable[[Request], Experiment]:
 
 
 _IMAGE_RFA: Mapping[str, Options] = {"class": {"lr": 1e-3, "weights": [1.0, 0.1, 1.0, 0.1]}, "sample": {"lr": 5e-4}}
-# One of three to five rates each, RFA's for samples of ten pairs of rate and weights: the nearest to Retrain in accuracy
-# (RFA's for samples: and in membership inference by SVM) on held-out training images; class 3 and 128 samples, seed 0,
-# 12,000 images, five epochs of Original.
+# One of three to five rates each, RFA's for samples of ten pairs of rate and weights: the nearest to Retrain in
+# accuracy (RFA's for samples: and in membership inference by SVM) on held-out training images; class 3 and 128 samples,
+# seed 0, 12,000 images, five epochs of Original.
 _FASHION_RESNET: Mapping[str, Mapping[str, Options]] = {
     "finetune": {"": {"lr": 2e-4}},
     "badt": {"class": {"lr": 2e-4}},
