@@ -47,7 +47,7 @@ class RFAConfig:
         shift_labels: whether labels of shape (B, T) are shifted by one (`None`: for causal language models).
         vocabulary_skip: of a frozen language-model head, leave those blocks of the vocabulary out of the backward whose
             gradient is at most this fraction of its row's largest entry, `2**-8` say, which is what bf16 resolves;
-            0: none. What it saves and what it changes depends on the model: docs/benchmarks.md.
+            0: none. It saved nothing on the one model it was tried on: docs/how-it-works.md.
         backend: which implementation the operators take; see :mod:`rfa_fast.ops.backends`.
         seed: seeds the adapters' initialisation; `None` draws from torch's global generator.
 
