@@ -296,21 +296,29 @@ def plot_table12(part: Mapping[str, Any], place: Path) -> str:
 
 
 def plot_growth(part: Mapping[str, Any], place: Path) -> str:
-    """Time and memory over each varied quantity, with the expected slope through the first point."""
+    """Time and memory over each varied quantity, with the expected slope through the last point."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
     series = growth_series(part)
 
     def draw(axes: Sequence[Axes]) -> None:
         for column, (name, s) in enumerate(series.items()):
             for row, (key, slope, wanted, unit) in enumerate((
                 ("seconds", "slope", "expected", "seconds per step"),
-                ("memory", "memory_slope", "memory_expected", "bytes above weights"),
+                ("memory", "memory_slope", "memory_expected", "MiB above weights"),
             )):  # fmt: skip
-                ax = axes[row * len(series) + column]
-                ax.loglog(s["values"], s[key], "o-", color="#3b6ea5", label=f"measured, slope {_number(s[slope])}")
+                ax, scale = axes[row * len(series) + column], 2**20 if key == "memory" else 1
+                points = [value / scale for value in s[key]]
+                ax.loglog(s["values"], points, "o-", color="#3b6ea5", label=f"measured, slope {_number(s[slope])}")
                 if not math.isnan(s[wanted]):
-                    line = [s[key][-1] * (v / s["values"][-1]) ** s[wanted] for v in s["values"]]
+                    line = [points[-1] * (v / s["values"][-1]) ** s[wanted] for v in s["values"]]
                     ax.loglog(s["values"], line, "--", color="#9a9a9a", label=f"expected, slope {_number(s[wanted])}")
                 ax.set(xlabel=name, ylabel=unit if column == 0 else "")
+                ax.set_xticks(s["values"], [f"{value:g}" for value in s["values"]], fontsize=8)
+                ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+                for axis in (ax.xaxis, ax.yaxis):
+                    axis.set_minor_formatter(NullFormatter())
                 ax.legend(fontsize=7)
 
     _figure(place, len(series), draw, rows=2)
