@@ -205,7 +205,9 @@ def test_in_another_precision_nothing_is_shared(finished: tuple[Path, Result], t
     assert "for 4 rows and 2 trained models, from a probe of 3 steps" in plain(result.stderr)
     assert "warm-up steps, cosine schedule, products in bfloat16 (" in plain(result.stdout)
     rows = [json.loads(path.read_text(encoding="utf-8"))["settings"] for path in place.glob("cache/rows/*/cells/*rfa*")]
-    assert sorted(row["options"].get("autocast", "") for row in rows) == ["", "", "", "", "bfloat16"]
+    found = [row["options"].get("autocast") for row in rows]
+    assert found.count("bfloat16") == 1
+    assert found.count(None) >= 4
 
 
 def test_a_full_disk_is_said_and_leaves_nothing_half_written(

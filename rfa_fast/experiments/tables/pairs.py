@@ -74,7 +74,7 @@ class Pair:
 
         Example:
             >>> PAIRS["fashion-mnist/resnet18"].options("finetune", "class")
-            {'lr': 5e-05}
+            {'lr': 0.0002}
         """
         own = self.methods.get(method, {})
         return {**self.common, **own.get("", {}), **own.get(kind, {})}
