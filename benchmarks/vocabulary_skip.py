@@ -31,21 +31,19 @@ SKIPS = (0.0, 2**-16, 2**-12, 2**-10, 2**-8, 2**-6)
 
 @contextmanager
 def counted(blocks: list[tuple[int, int]]) -> Iterator[None]:
-    """Note of every backward product how many blocks it took, and of how many."""
-    original = head._backward_product
+    """Note of every backward product that may skip how many blocks it took, and of how many."""
+    original = head._used
 
-    def noting(gradient: Tensor, weight: Tensor, skip: float) -> Tensor:
-        whole = gradient.shape[1] // head.BLOCK
-        sizes = gradient[:, : whole * head.BLOCK].abs().unflatten(1, (whole, head.BLOCK)).amax(2)
-        used = (sizes > skip * gradient.abs().amax(1, keepdim=True)).any(0) if skip else torch.ones(whole)
-        blocks.append((int(used.sum()), whole))
-        return original(gradient, weight, skip)
+    def noting(parts: Tensor, rest: Tensor, skip: float) -> Tensor:
+        used = original(parts, rest, skip)
+        blocks.append((len(used), parts.shape[1]))
+        return used
 
-    head._backward_product = noting
+    head._used = noting
     try:
         yield
     finally:
-        head._backward_product = original
+        head._used = original
 
 
 class Step:
@@ -83,7 +81,7 @@ def main(
 ) -> None:
     """Print the table."""
     model, batch = batch_of(samples)
-    rows = int((batch[1][:, 1:] != -100).sum())
+    rows = int((batch[1][:, 1:] != IGNORED_LABEL).sum())
     exact = Step(copy.deepcopy(model), 0.0, batch)()
     model = model.to(torch.bfloat16)
     steps = {skip: Step(copy.deepcopy(model), skip, batch) for skip in SKIPS}
@@ -93,7 +91,7 @@ def main(
         blocks: list[tuple[int, int]] = []
         with counted(blocks):
             gradients[skip] = step()
-        shares[skip] = sum(used for used, _ in blocks) / max(1, sum(whole for _, whole in blocks))
+        shares[skip] = sum(used for used, _ in blocks) / sum(whole for _, whole in blocks) if blocks else 1.0
     seconds: dict[float, list[float]] = {skip: [] for skip in SKIPS}
     for _ in range(rounds):
         for skip, step in steps.items():

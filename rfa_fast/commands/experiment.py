@@ -151,6 +151,7 @@ def experiment(
 
         for variable, value in (("TRANSFORMERS_VERBOSITY", "error"), ("HF_HUB_DISABLE_PROGRESS_BARS", "1")):
             os.environ.setdefault(variable, value)  # a report and a bar for every model that is opened are too many
+        autocast_dtype(autocast)
         tables = find_tables(name)
         seconds = None if budget is None else read_budget(budget)
         pairs = choose_pairs(tables, data, model, quick=quick)
@@ -171,7 +172,7 @@ def experiment(
             quick=quick,
             overrides=read_settings(setting or []),
             validation=validation,
-            autocast=None if autocast is None else str(autocast_dtype(autocast)).removeprefix("torch."),
+            autocast=autocast,
             data=data_folder,
             cache=cache_folder(cache),
         )

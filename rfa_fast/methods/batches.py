@@ -47,7 +47,7 @@ class BatchSource(ABC):
         forget_ids: names of the samples to forget.
         retain_ids: of those to keep, `None` when they cannot be counted.
         steps_per_epoch: of a pass over the retained data; `None` when it cannot be known.
-        forget_epochs, forget_steps: the epochs (from 0) that go over the samples to forget alone, and their steps.
+        forget_epochs: the epochs (from 0) that go over the samples to forget alone.
         settings: what the order depends on, JSON-safe.
         forget_pass: what is to be forgotten, once and in its own order, whatever the order of the batches.
     """
@@ -56,7 +56,6 @@ class BatchSource(ABC):
     retain_ids: list[str] | None
     steps_per_epoch: int | None
     forget_epochs: frozenset[int]
-    forget_steps: int
     settings: dict[str, Any]
     forget_pass: ForgetPass
 
@@ -75,7 +74,7 @@ class BatchSource(ABC):
         alone = sum(epoch in self.forget_epochs for epoch in range(epochs))
         if self.steps_per_epoch is None:
             return None
-        return alone * self.forget_steps + (epochs - alone) * self.steps_per_epoch
+        return alone * len(self.forget_pass) + (epochs - alone) * self.steps_per_epoch
 
     def fingerprint(self) -> str | None:
         """Digest of the last batch, `None` where the order cannot differ."""
@@ -120,7 +119,7 @@ class DatasetSource(BatchSource):
             len(self.forget_ids), len(self.retain_ids), size, forget_per_batch=forget_per_batch, seed=seed
         )
         self.steps_per_epoch = self._sampler.batches
-        self.forget_epochs, self.forget_steps = forget_epochs, -(-len(self.forget_ids) // size)
+        self.forget_epochs = forget_epochs
         self.settings = {"data": "datasets", "batch_size": size, "forget_per_batch": forget_per_batch}
 
     def batches(
@@ -186,7 +185,7 @@ class LoaderSource(BatchSource):
         self._forget, self._retain, self._pad = forget, retain, pad_token_id
         self._seed, self._device = seed, device
         self.forget_pass = ForgetPass.of_loader(forget, seed, device)
-        self.forget_epochs, self.forget_steps = forget_epochs, len(self.forget_pass)
+        self.forget_epochs = forget_epochs
         self._last: Batch | None = None
         self.settings = {"data": "loaders", "batch_size": None, "forget_per_batch": None}
 
@@ -196,7 +195,7 @@ class LoaderSource(BatchSource):
         """See :meth:`BatchSource.batches`."""
         with self._generators_restored():
             forget = self._forget_batches()
-            at = step - epoch_step - self.forget_steps * sum(past < epoch for past in self.forget_epochs)
+            at = step - epoch_step - len(self.forget_pass) * sum(past < epoch for past in self.forget_epochs)
             for past in range(at):
                 self._seeded("forget", past)
                 next(forget)

@@ -112,26 +112,30 @@ def _walk(
 
 
 def _backward_product(gradient: Tensor, weight: Tensor, skip: float) -> Tensor:
-    """dX = dZ · W `(m, K)`; with `skip`, without the blocks of the vocabulary where dZ is next to nothing.
-
-    Next to nothing is at most `skip` times the largest entry of its row, in every row; a NaN is not.
-    """
+    """dX = dZ · W `(m, K)`; with `skip`, without the blocks of the vocabulary where dZ is next to nothing."""
     whole = weight.shape[0] // BLOCK * BLOCK
     if not skip or not whole or not gradient.shape[0]:
         return gradient @ weight
-    blocks = gradient[:, :whole].view(gradient.shape[0], -1, BLOCK)
-    rest = gradient[:, whole:]
-    low, high = blocks.aminmax(dim=2)
-    size = torch.maximum(-low, high)
-    largest = size.amax(1, keepdim=True)
-    if rest.shape[1]:
-        largest = torch.maximum(largest, rest.abs().amax(1, keepdim=True))
-    used = (~(size <= skip * largest)).any(0).nonzero().squeeze(1)
+    blocks, rest = gradient[:, :whole].view(gradient.shape[0], -1, BLOCK), gradient[:, whole:]
+    used = _used(blocks, rest, skip)
     if used.shape[0] == blocks.shape[1]:
         return gradient @ weight
     kept = weight[:whole].reshape(-1, BLOCK, weight.shape[1])[used].flatten(0, 1)
     product = blocks[:, used].flatten(1) @ kept
     return product.addmm_(rest, weight[whole:]) if rest.shape[1] else product
+
+
+def _used(blocks: Tensor, rest: Tensor, skip: float) -> Tensor:
+    """Which blocks `(m, blocks, BLOCK)` of dZ are not next to nothing, `(used,)`; `rest` is behind the last of them.
+
+    Next to nothing is at most `skip` times the largest entry of its row, in every row; a NaN is not.
+    """
+    low, high = blocks.aminmax(dim=2)
+    size = torch.maximum(-low, high)
+    largest = size.amax(1, keepdim=True)
+    if rest.shape[1]:
+        largest = torch.maximum(largest, rest.abs().amax(1, keepdim=True))
+    return (~(size <= skip * largest)).any(0).nonzero().squeeze(1)
 
 
 def _mean(shares: Tensor, retained: int, fallback: Tensor | None) -> Tensor:
