@@ -355,9 +355,9 @@ def test_info_of_the_machine_and_of_a_model(place: Path) -> None:
 
 
 def test_demo_trains_compares_and_draws(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    quick = {"max_steps": 2, "batch_size": 64, "lr": 1e-3}
+    quick = {"max_steps": 2, "batch_size": 64}
     monkeypatch.setattr(demo_module, "RECIPE", {"epochs": 1, "batch_size": 256, "lr": 3e-3})
-    monkeypatch.setattr(demo_module, "CLASS_SETTINGS", quick)
+    monkeypatch.setitem(demo_module.STEPS, "class", quick)
     opened: list[str] = []
     monkeypatch.setattr("webbrowser.open", lambda address: bool(opened.append(address)) or True)
     result = run("demo", "--class", "7", "--samples", "0", "--seed", "1", "--no-progress", "--open")

@@ -97,7 +97,7 @@ def test_the_demo_forgets_a_digit_and_keeps_the_others(
 def test_the_demos_second_half_forgets_random_samples_without_harm(trained: ModelCache) -> None:
     run = scenario_run(demo.experiment(0), "sample:64", cache=trained)
     original, retrain = run.baseline("Original").figures, run.baseline("Retrain").figures
-    ours = run.unlearned(Method("RFA", {"seed": 0, **demo.SAMPLE_SETTINGS})).figures
+    ours = run.unlearned(Method("RFA", {"seed": 0, **demo.SETTINGS["sample"], **demo.STEPS["sample"]})).figures
     assert list(ours) == ["D_r", "D_f", "D_t", "MIA"]
     assert abs(ours["D_t"] - retrain["D_t"]) <= 0.02
     assert abs(ours["D_r"] - retrain["D_r"]) <= 0.01
@@ -217,13 +217,13 @@ def test_scenarios_are_read_from_their_words() -> None:
 
 
 def test_settings_to_try_are_multiplied_out() -> None:
-    found = methods({"residual": {"lr": 1.0, "rank": 4}}, 7, ["lr=1e-4,1e-3", "norm=l2"])
+    found = methods({"lr": 1.0, "rank": 4}, ["residual"], 7, ["lr=1e-4,1e-3", "norm=l2"])
     assert [dict(method.options) for method in found] == [
         {"mode": "residual", "seed": 7, "lr": lr, "rank": 4, "norm": "l2"} for lr in (1e-4, 1e-3)
     ]
     for wrong in ("lr", "lr=", "=1", "a b=1"):
         with pytest.raises(ValueError, match="NAME=VALUE"):
-            methods({"residual": {}}, 0, [wrong])
+            methods({}, ["residual"], 0, [wrong])
 
 
 def test_validation_never_touches_the_test_set() -> None:
@@ -272,7 +272,7 @@ def test_fashion_mnist_runs_on_a_few_images(tmp_path: Path, monkeypatch: pytest.
         for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
             header = struct.pack(f">{1 + array.ndim}I", 0x0800 + array.ndim, *array.shape)
             (tmp_path / f"{part}-{kind}-ubyte.gz").write_bytes(gzip.compress(header + array.tobytes()))
-    monkeypatch.setitem(fashion_mnist.SETTINGS, "class", {"residual": {"lr": 2e-3, "epochs": 4, "batch_size": 32}})
+    monkeypatch.setitem(fashion_mnist.SETTINGS, "class", {"lr": 2e-3, "epochs": 4, "batch_size": 32})
     monkeypatch.setattr(fashion_mnist, "RECIPE", {"epochs": 4, "batch_size": 32, "lr": 1e-3})
     request = Request(
         scenarios=["class:6"], modes=["residual"], data=tmp_path, cache=tmp_path / "cache", say=silent, progress=False

@@ -28,11 +28,7 @@ TOKENS = 64
 
 RECIPE = {"epochs": 2, "batch_size": 32, "lr": 2e-4, "weight_decay": 0.01, "warmup_steps": 15, "schedule": "cosine"}
 
-SETTINGS: dict[str, Settings] = {
-    "class": {"residual": {"lr": 5e-4}, "teacher": {"lr": 5e-4}},
-    "sample": {"residual": {"lr": 5e-4}, "teacher": {"lr": 5e-4}},
-    "keyword": {"residual": {"lr": 5e-4}, "teacher": {"lr": 5e-4}},
-}
+SETTINGS: Settings = {"class": {"lr": 5e-4}, "sample": {"lr": 5e-4}}
 
 
 def experiment(request: Request) -> Experiment:

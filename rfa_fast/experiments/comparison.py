@@ -15,17 +15,21 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from torch.utils.data import Dataset, Subset
 
+from rfa_fast.config import Mode
 from rfa_fast.data import Split, split_by_class, split_by_keyword, split_by_sample
 from rfa_fast.experiments.cache import ModelCache, Say, cache_folder, labels_of
 from rfa_fast.experiments.common import Experiment, Method, ScenarioRun
 from rfa_fast.report import RunReport, write_atomically
 
 Settings = Mapping[str, Mapping[str, Any]]
-"""Mode -> keyword arguments of :func:`rfa_fast.unlearn`."""
+"""Kind of scenario (`"class"`, `"sample"`, `"keyword"`) -> keyword arguments of :func:`rfa_fast.unlearn` for RFA.
+
+The settings of a class serve for a keyword where it has none.
+"""
 
 
 @dataclass(frozen=True)
@@ -66,13 +70,13 @@ class Request:
 
 
 def compare(
-    base: Experiment, settings: Mapping[str, Settings], request: Request, *, title: str, scenarios: Sequence[str]
+    base: Experiment, settings: Settings, request: Request, *, title: str, scenarios: Sequence[str]
 ) -> RunReport:
     """Original, Retrain and RFA on each scenario, as a report that is also written to `request.output`.
 
     Args:
         base: data, model and recipe.
-        settings: kind of scenario (`"class"`, `"sample"`, `"keyword"`) -> mode -> settings of `unlearn`.
+        settings: of RFA, in every mode.
         request: what to run.
         title: of the report.
         scenarios: those of the experiment, run when the request names none.
@@ -84,7 +88,11 @@ def compare(
     base = _limited(base, request.limit)
     base = base.on_validation() if request.validation else base
     splits = [scenario_split(base, text, request.seed) for text in request.scenarios or scenarios]
-    rows = [methods(_modes(settings[split.scenario], request), request.seed, request.tried) for split in splits]
+    _check_modes(request.modes)
+    rows = [
+        methods(settings.get(split.scenario, settings["class"]), request.modes, request.seed, request.tried)
+        for split in splits
+    ]
     models = ModelCache(cache_folder(request.cache), request.say)
     output = None if request.output is None else Path(request.output)
     found = []
@@ -130,11 +138,12 @@ def title_of(split: Split) -> str:
     return f"{split.scenario.capitalize()} unlearning: forget {split.target}"
 
 
-def methods(settings: Settings, seed: int, tried: Sequence[str] = ()) -> list[Method]:
-    """RFA in each mode with its settings, once for every combination of the values to be tried.
+def methods(settings: Mapping[str, Any], modes: Sequence[str], seed: int, tried: Sequence[str] = ()) -> list[Method]:
+    """RFA in each mode, once for every combination of the values to be tried.
 
     Args:
-        settings: mode -> keyword arguments of :func:`rfa_fast.unlearn`.
+        settings: keyword arguments of :func:`rfa_fast.unlearn`.
+        modes: of RFA.
         seed: of every run.
         tried: `"lr=5e-5,5e-4"`: a keyword and its values, as JSON; a value that is not JSON is a text.
 
@@ -142,7 +151,7 @@ def methods(settings: Settings, seed: int, tried: Sequence[str] = ()) -> list[Me
         ValueError: not of that form.
 
     Example:
-        >>> [m.label for m in methods({"residual": {"lr": 1e-3}}, 0, ["lr=1e-4,1e-3"])]
+        >>> [m.label for m in methods({"rank": 4}, ["residual"], 0, ["lr=1e-4,1e-3"])]
         ['RFA residual lr=0.0001', 'RFA residual lr=0.001']
     """
     axes: dict[str, list[Any]] = {}
@@ -152,11 +161,11 @@ def methods(settings: Settings, seed: int, tried: Sequence[str] = ()) -> list[Me
             raise ValueError(f"try: got {text!r}, expected NAME=VALUE,VALUE,… such as lr=5e-5,5e-4")
         axes[key] = [_value(value) for value in values.split(",")]
     found: list[Method] = []
-    for mode, options in settings.items():
+    for mode in modes:
         for combination in itertools.product(*axes.values()):
             chosen = dict(zip(axes, combination, strict=True))
             label = " ".join([f"RFA {mode}", *(f"{key}={value}" for key, value in chosen.items())])
-            found.append(Method(label, {"mode": mode, "seed": seed, **options, **chosen}))
+            found.append(Method(label, {"mode": mode, "seed": seed, **settings, **chosen}))
     return found
 
 
@@ -212,11 +221,10 @@ def _limited(experiment: Experiment, limit: int | None) -> Experiment:
     return replace(experiment, train=first(experiment.train), test=first(experiment.test))
 
 
-def _modes(settings: Settings, request: Request) -> Settings:
-    if not request.modes or (unknown := [mode for mode in request.modes if mode not in settings]):
-        got = unknown if request.modes else list(request.modes)
-        raise ValueError(f"modes: got {got}, expected some of {', '.join(settings)}")
-    return {mode: settings[mode] for mode in request.modes}
+def _check_modes(modes: Sequence[str]) -> None:
+    known = get_args(Mode)
+    if not modes or (unknown := [mode for mode in modes if mode not in known]):
+        raise ValueError(f"modes: got {unknown if modes else list(modes)}, expected some of {', '.join(known)}")
 
 
 def _texts(dataset: Dataset[Any], scenario: str) -> list[str]:

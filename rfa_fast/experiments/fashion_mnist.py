@@ -28,11 +28,9 @@ RECIPE = {"epochs": 5, "batch_size": 128, "lr": 1e-3, "warmup_steps": 400, "sche
 # the weight on the forget terms is enough for it, and keeps half a point more of the rest. Of 128 samples a batch
 # has one or two, as heavy as all retained ones together: at full weight they cost points everywhere, and at a
 # tenth the model is less sure of them than of images it has never seen.
-_CLASS = {"lr": 1e-3, "weights": [1.0, 0.1, 1.0, 0.1]}
-_SAMPLE = {"lr": 1e-3, "weights": [1.0, 0.03, 1.0, 0.03]}
-SETTINGS: dict[str, Settings] = {
-    "class": {"residual": _CLASS, "teacher": _CLASS},
-    "sample": {"residual": _SAMPLE, "teacher": _SAMPLE},
+SETTINGS: Settings = {
+    "class": {"lr": 1e-3, "weights": [1.0, 0.1, 1.0, 0.1]},
+    "sample": {"lr": 1e-3, "weights": [1.0, 0.03, 1.0, 0.03]},
 }
 
 

@@ -39,12 +39,9 @@ WRITTEN = 12  # tokens, more than any answer that is taught needs
 
 RECIPE = {"epochs": 6, "batch_size": 16, "lr": 2e-4, "weight_decay": 0.01, "warmup_steps": 5, "schedule": "cosine"}
 
-_RFA = {"lr": 1e-3, "epochs": 6, "batch_size": 16, "weights": [1.0, 0.1, 1.0, 0.1]}
-SETTINGS: dict[str, Settings] = {
-    "class": {"residual": _RFA, "teacher": _RFA},
-    "sample": {"residual": _RFA, "teacher": _RFA},
-    "keyword": {"residual": _RFA, "teacher": _RFA},
-}
+UNLEARNING: dict[str, Any] = {"epochs": 6, "batch_size": 16}
+_RFA = {**UNLEARNING, "lr": 1e-3, "weights": [1.0, 0.1, 1.0, 0.1]}
+SETTINGS: Settings = {"class": _RFA, "sample": _RFA}
 
 
 def experiment(request: Request) -> Experiment:

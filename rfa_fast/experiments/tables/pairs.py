@@ -13,12 +13,14 @@ keeps the choice away from the test set.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
+from rfa_fast.experiments import bbc_news, demo, fashion_mnist, fashion_mnist_vit, smollm2
 from rfa_fast.experiments.common import Experiment
 from rfa_fast.experiments.comparison import Request
+from rfa_fast.experiments.tables import paper_pairs
 
 Kind = Literal["image", "text", "language"]
 Options = Mapping[str, Any]
@@ -81,79 +83,30 @@ class Pair:
 
 
 def _digits(request: Request) -> Experiment:
-    from dataclasses import replace
-
-    from rfa_fast.experiments import demo
-
     made = demo.experiment(request.seed)
     return replace(made, recipe=request.recipe(demo.RECIPE))
 
 
-def _fashion_mnist(request: Request) -> Experiment:
-    from rfa_fast.experiments import fashion_mnist
-
-    return fashion_mnist.experiment(request)
-
-
-def _fashion_mnist_small_vit(request: Request) -> Experiment:
-    from rfa_fast.experiments import fashion_mnist_vit
-
-    return fashion_mnist_vit.experiment(request)
-
-
-def _bbc_news(request: Request) -> Experiment:
-    from rfa_fast.experiments import bbc_news
-
-    return bbc_news.experiment(request)
-
-
-def _trivia(request: Request) -> Experiment:
-    from rfa_fast.experiments import smollm2
-
-    return smollm2.experiment(request)
-
-
-def _of_the_paper(name: str) -> Callable[[Request], Experiment]:
-    """The builder of that name in :mod:`rfa_fast.experiments.tables.paper_pairs`, imported when it is called."""
-
-    def make(request: Request) -> Experiment:
-        from rfa_fast.experiments.tables import paper_pairs
-
-        made: Experiment = getattr(paper_pairs, name)(request)
-        return made
-
-    return make
-
-
-_IMAGE_RFA: Mapping[str, Options] = {"class": {"lr": 1e-3, "weights": [1.0, 0.1, 1.0, 0.1]}, "sample": {"lr": 5e-4}}
-# One of three to five rates each, RFA's for samples of ten pairs of rate and weights: the nearest to Retrain in
-# accuracy (RFA's for samples: and in membership inference by SVM) on held-out training images; class 3 and 128 samples,
-# seed 0, 12,000 images, five epochs of Original.
+# RFA's settings are in the modules of the experiments. The others' here: one of three to five rates each, the nearest
+# to Retrain in accuracy on held-out training images; class 3 and 128 samples, seed 0, 12,000 images, five epochs of
+# Original.
 _FASHION_RESNET: Mapping[str, Mapping[str, Options]] = {
     "finetune": {"": {"lr": 2e-4}},
     "badt": {"class": {"lr": 2e-4}},
     "scrub": {"": {"lr": 2e-4}},
     "salun": {"class": {"lr": 2e-4}, "sample": {"lr": 1e-5}},
-    "rfa": {
-        "class": {"lr": 1e-3, "weights": [1.0, 0.1, 1.0, 0.1]},
-        "sample": {"lr": 1e-3, "weights": [1.0, 0.03, 1.0, 0.03]},
-    },
+    "rfa": fashion_mnist.SETTINGS,
 }
-# Chosen likewise: class 5 and 64 samples, two seeds, six or seven rates each, RFA's with two sets of weights; its
-# weights for samples by membership inference (SVM) besides, of twelve pairs of rate and weights, three seeds.
+# Chosen likewise: class 5 and 64 samples, two seeds, six or seven rates each.
 _DIGITS: Mapping[str, Mapping[str, Options]] = {
     "neggrad": {"": {"lr": 5e-4}, "sample": {"lr": 2e-4}},
     "finetune": {"": {"lr": 5e-3}, "sample": {"lr": 1e-3}},
     "badt": {"": {"lr": 1e-3}},
     "scrub": {"": {"lr": 2e-3}, "sample": {"lr": 5e-4}},
     "salun": {"": {"lr": 1e-3}, "sample": {"lr": 5e-5}},
-    "rfa": {
-        "": {"lr": 2e-3, "weights": [1.0, 0.1, 1.0, 0.1]},
-        "sample": {"lr": 5e-3, "weights": [1.0, 0.003, 1.0, 0.003]},
-    },
+    "rfa": demo.SETTINGS,
 }
-_TEXT_RFA = {"": {"lr": 5e-4}}
-_LANGUAGE_RFA = {"": {"lr": 1e-3, "weights": [1.0, 0.1, 1.0, 0.1]}}
+_GLOSSES_RFA = {"": {"lr": 1e-3, "weights": [1.0, 0.1, 1.0, 0.1]}}
 # Of the class only: its target is what the paper forgets, "Earth Science" (V-B2), 'Chemistry' (V-B3), "comedy" (V-B1).
 _ALL = (
     Pair(
@@ -162,70 +115,71 @@ _ALL = (
         common={"lr": 5e-4, "batch_size": 64, "epochs": 2}, methods=_DIGITS, quick=(None, 6, 300, None),
     ),
     Pair(
-        "fashion-mnist", "resnet18", "image", _fashion_mnist, {"sample": ("sample:128",), "class": ("class:0",)},
+        "fashion-mnist", "resnet18", "image", fashion_mnist.experiment,
+        {"sample": ("sample:128",), "class": ("class:0",)},
         (("fashion-mnist", "resnet18"), ("cifar-10", "resnet18")), ("data:fashion-mnist",),
         common=_PAPER, methods=_FASHION_RESNET, quick=(3000, 2, 300, None),
     ),
     Pair(
-        "fashion-mnist", "small-vit", "image", _fashion_mnist_small_vit,
+        "fashion-mnist", "small-vit", "image", fashion_mnist_vit.experiment,
         {"sample": ("sample:128",), "class": ("class:0",)}, (("fashion-mnist", "vit"), ("cifar-10", "vit")),
-        ("data:fashion-mnist",), common=_PAPER, methods={"rfa": _IMAGE_RFA}, head="heads.head", recipe_of="vit",
-        quick=(400, 1, 100, None),
+        ("data:fashion-mnist",), common=_PAPER, methods={"rfa": fashion_mnist.SETTINGS}, head="heads.head",
+        recipe_of="vit", quick=(400, 1, 100, None),
     ),
     Pair(
-        "bbc-news", "minilm", "text", _bbc_news,
+        "bbc-news", "minilm", "text", bbc_news.experiment,
         {"sample": ("sample:128",), "class": ("class:sports", "keyword:election")}, (("imdb", "distilbert"),),
-        ("data:bbc-news", "model:minilm"), common=_PAPER, methods={"rfa": _TEXT_RFA}, head="classifier",
+        ("data:bbc-news", "model:minilm"), common=_PAPER, methods={"rfa": bbc_news.SETTINGS}, head="classifier",
         recipe_of="text", quick=(96, 1, 48, None),
     ),
     Pair(
-        "trivia", "smollm2", "language", _trivia, {"sample": ("sample:128",), "class": ("class:starwars",)},
+        "trivia", "smollm2", "language", smollm2.experiment, {"sample": ("sample:128",), "class": ("class:starwars",)},
         (("eli5-category", "distilgpt2"), ("wmdp", "qwen2.5-3b")), ("data:trivia", "model:smollm2"),
-        common={"lr": 5e-5, "epochs": 6, "batch_size": 16}, methods={"rfa": _LANGUAGE_RFA}, head="lm_head",
+        common={"lr": 5e-5, **smollm2.UNLEARNING}, methods={"rfa": smollm2.SETTINGS}, head="lm_head",
         recipe_of="language", quick=(40, 1, 12, 1), by_kind=True,
     ),
     Pair(
-        "wordnet", "smollm2", "language", _of_the_paper("wordnet_smollm2"),
+        "wordnet", "smollm2", "language", paper_pairs.wordnet_smollm2,
         {"sample": ("sample:128",), "class": ("class:noun.food",)},
         (("eli5-category", "distilgpt2"), ("wmdp", "qwen2.5-3b")), ("data:wordnet", "model:smollm2"),
-        common={"lr": 5e-5, "batch_size": 16}, methods={"rfa": _LANGUAGE_RFA}, head="lm_head", recipe_of="language",
+        common={"lr": 5e-5, "batch_size": 16}, methods={"rfa": _GLOSSES_RFA}, head="lm_head", recipe_of="language",
         quick=(40, 1, 12, 1),
     ),
     Pair(
-        "cifar-10", "resnet18", "image", _of_the_paper("cifar_resnet18"),
+        "cifar-10", "resnet18", "image", paper_pairs.cifar_resnet18,
         {"sample": ("sample:128",), "class": ("class:0",)}, (("cifar-10", "resnet18"),),
         ("data:cifar-10", "weights:resnet18"), common=_PAPER, quick=(256, 1, 64, None),
     ),
     Pair(
-        "cifar-10", "vit", "image", _of_the_paper("cifar_vit"), {"sample": ("sample:128",), "class": ("class:0",)},
+        "cifar-10", "vit", "image", paper_pairs.cifar_vit, {"sample": ("sample:128",), "class": ("class:0",)},
         (("cifar-10", "vit"),), ("data:cifar-10", "weights:vit_b_16"), common=_PAPER, head="heads.head",
         recipe_of="vit", quick=(64, 1, 16, None),
     ),
     Pair(
-        "fashion-mnist", "resnet18-imagenet", "image", _of_the_paper("fashion_resnet18"),
+        "fashion-mnist", "resnet18-imagenet", "image", paper_pairs.fashion_resnet18,
         {"sample": ("sample:128",), "class": ("class:0",)}, (("fashion-mnist", "resnet18"), ("cifar-10", "resnet18")),
         ("data:fashion-mnist", "weights:resnet18"), common=_PAPER, quick=(256, 1, 64, None),
     ),
     Pair(
-        "fashion-mnist", "vit", "image", _of_the_paper("fashion_vit"),
+        "fashion-mnist", "vit", "image", paper_pairs.fashion_vit,
         {"sample": ("sample:128",), "class": ("class:0",)}, (("fashion-mnist", "vit"), ("cifar-10", "vit")),
         ("data:fashion-mnist", "weights:vit_b_16"), common=_PAPER, head="heads.head", recipe_of="vit",
         quick=(64, 1, 16, None),
     ),
     Pair(
-        "imdb", "distilbert", "text", _of_the_paper("imdb_distilbert"),
+        "imdb", "distilbert", "text", paper_pairs.imdb_distilbert,
         {"sample": ("sample:128",), "class": ("keyword:comedy",)}, (("imdb", "distilbert"),),
         ("data:imdb", "model:distilbert-base-uncased"), common=_PAPER, head="classifier", recipe_of="text",
         quick=(96, 1, 48, None),
     ),
     Pair(
-        "eli5-category", "distilgpt2", "language", _of_the_paper("eli5_distilgpt2"),
+        "eli5-category", "distilgpt2", "language", paper_pairs.eli5_distilgpt2,
         {"sample": ("sample:128",), "class": ("class:Earth Science",)}, (("eli5-category", "distilgpt2"),),
         ("data:eli5-category", "model:distilgpt2"), common=_PAPER, head="lm_head", recipe_of="language",
         quick=(40, 1, 12, 1),
     ),
     Pair(
-        "wmdp", "qwen2.5-3b", "language", _of_the_paper("wmdp_qwen"), {"class": ("class:chem",)},
+        "wmdp", "qwen2.5-3b", "language", paper_pairs.wmdp_qwen, {"class": ("class:chem",)},
         (("wmdp", "qwen2.5-3b"),), ("data:wmdp", "model:Qwen2.5-3B"), common=_PAPER, head="lm_head",
         recipe_of="language", quick=(16, 1, 4, 1),
     ),
