@@ -122,6 +122,17 @@ def test_two_tables_share_the_runs_that_they_have_in_common() -> None:
     assert not {"feature_distance_1", "activation_distance"} & set(units[2].metrics)
 
 
+def test_of_several_tables_a_quick_plan_takes_each_on_one_pair() -> None:
+    pairs = (DIGITS, "bbc-news/minilm", "trivia/smollm2")
+    choice = Choice(("table1", "table4", "table11"), pairs)
+    whole = {(block.table.name, block.pair.name) for block in blocks_of(choice)}
+    quick = {(block.table.name, block.pair.name) for block in blocks_of(replace(choice, quick=True))}
+    assert whole - quick == {("table11", "trivia/smollm2")}
+    assert quick == {("table1", DIGITS), ("table4", "trivia/smollm2"), ("table11", "bbc-news/minilm")}
+    alone = replace(choice, tables=("table11",), pairs=pairs[1:], quick=True)
+    assert {block.pair.name for block in blocks_of(alone)} == set(pairs[1:])
+
+
 def test_a_quick_plan_has_one_scenario_of_a_kind_and_forgets_no_more_than_a_quarter() -> None:
     pair = "bbc-news/minilm"
     choice = Choice(("table3",), (pair,), sizes={pair: Sizes(96, 1, 48)}, quick=True)

@@ -66,7 +66,8 @@ def experiment(
         int, typer.Option(metavar="N", help="Seeds of Retrain, where it is to have more.", min=0, rich_help_panel=_SIZE)
     ] = 0,
     quick: Annotated[
-        bool, typer.Option("--quick", help="A very small run that ends within minutes.", rich_help_panel=_SIZE)
+        bool, typer.Option("--quick", help="A very small run that ends within minutes; of all tables, each on one "
+                            "pair of data and model.", rich_help_panel=_SIZE)
     ] = False,
     budget: Annotated[
         str | None, typer.Option(metavar="TIME", help="Choose sizes so that it takes at most this: 3h, 90min.",

@@ -48,7 +48,8 @@ class Choice:
         retrain_seeds: how many Retrain has, if more.
         sizes: pair -> how much of it is used.
         repeat: how often each sample of D_f comes, for rows that do not say.
-        quick: one scenario of each kind, and no more epochs of unlearning than the pair has for this.
+        quick: one scenario of each kind, no more epochs of unlearning than the pair has for this, and of several
+            tables each on one pair.
         overrides: method or row -> options of :func:`rfa_fast.unlearn` in place of the pair's.
         validation: measure on a tenth of the training data, held out.
         autocast: `"bfloat16"`: training and unlearning compute in it where autocast does; measuring never.
@@ -159,9 +160,7 @@ def blocks_of(choice: Choice) -> list[Block]:
     found: list[Block] = []
     _check_here(chosen)
     for table in (TABLES[name] for name in choice.tables):
-        for pair in (PAIRS[name] for name in choice.pairs):
-            if len(choice.tables) > 1 and pair.name not in table.pairs:
-                continue  # `all` asks every table for the pairs it is meant for
+        for pair in _pairs_of(table, choice):
             metrics = _metrics(table, pair, choice)
             rows = tuple(PlannedRow(_repeated(row, choice), table.epochs) for row in table.row_specs(pair, chosen))
             found += [Block(table, pair, text, rows, metrics) for text in choice.scenarios or _own(table, pair, choice)]
@@ -197,6 +196,17 @@ def units_of(blocks: Sequence[Block], choice: Choice) -> list[Unit]:
         extra = range(choice.seeds, max(choice.seeds, choice.retrain_seeds))
         units += [Unit(name, seed, nothing, alone, retrain_only=True, lasting=lasting) for seed in extra]
     return units
+
+
+def _pairs_of(table: TableSpec, choice: Choice) -> list[Pair]:
+    """Of the pairs chosen, those for a table.
+
+    A table asked for by itself takes them all; of several each takes those it is meant for, with `quick` the first.
+    """
+    if len(choice.tables) == 1:
+        return [PAIRS[name] for name in choice.pairs]
+    meant = [PAIRS[name] for name in choice.pairs if name in table.pairs]
+    return meant[:1] if choice.quick else meant
 
 
 def _own(table: TableSpec, pair: Pair, choice: Choice) -> list[str]:
