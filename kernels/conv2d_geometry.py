@@ -224,8 +224,8 @@ def joint_weight(weight: Tensor, lora_a: Tensor, groups: int, layout: torch.memo
     return joint if groups == 1 else joint.flatten(0, 1).contiguous(memory_format=layout)
 
 
-def convolution(x: Tensor, weight: Tensor, where: Geometry) -> Tensor:
-    """`weight ∗ x` by the vendor's library, without a bias.
+def convolution(x: Tensor, weight: Tensor, where: Geometry, bias: Tensor | None = None) -> Tensor:
+    """`weight ∗ x + bias` by the vendor's library.
 
     Example:
         >>> x, w = torch.ones(1, 1, 2, 2), torch.ones(1, 1, 2, 2)
@@ -234,7 +234,7 @@ def convolution(x: Tensor, weight: Tensor, where: Geometry) -> Tensor:
         tensor([[4., 2.],
                 [2., 1.]])
     """
-    return F.conv2d(_even(x, where), weight, None, where.stride, where.before, where.dilation, where.groups)
+    return F.conv2d(_even(x, where), weight, bias, where.stride, where.before, where.dilation, where.groups)
 
 
 def input_gradient(grad: Tensor, weight: Tensor, where: Geometry) -> Tensor:

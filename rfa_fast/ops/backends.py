@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from rfa_fast.config import Backend
-from rfa_fast.ops import linear_torch, plain
+from rfa_fast.ops import conv2d_torch, linear_torch, plain
 from rfa_fast.ops.linear_torch import LayerAndMean
 
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -104,8 +104,12 @@ def linear_and_mean(backend: str, x: Tensor, *arguments: Any) -> LayerAndMean:
 
 def conv2d(backend: str, x: Tensor, *arguments: Any) -> plain.LayerResult:
     """The layer of :func:`rfa_fast.functional.rfa_conv2d`; arguments as :func:`rfa_fast.ops.plain.conv2d`'s."""
-    if backend != "triton" or x.numel() == 0:
+    # Compiled, autograd's derivative is fused no worse than the one by hand.
+    fused_elsewhere = backend == "torch" and torch.compiler.is_compiling()
+    if backend == "reference" or fused_elsewhere or x.numel() == 0:
         return plain.conv2d(_in_torch(backend), x, *arguments)
+    if backend == "torch":
+        return conv2d_torch.conv2d(x, *arguments)
     from rfa_fast.ops.conv2d import conv2d as fused
 
     return fused(x, *arguments)

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rfa_fast.config import Norm
 from rfa_fast.ops import conv2d_torch
 from rfa_fast.ops.conv2d_torch import (
     Convolution,
@@ -33,9 +32,8 @@ from rfa_fast.ops.conv2d_torch import (
     residual_terms,
     sample_weights,
 )
-from rfa_fast.ops.plain import LayerResult, Pair
+from rfa_fast.ops.plain import LayerResult
 from rfa_fast.ops.registration import register
-from rfa_fast.ops.rows import autocast
 
 FUSED_RANK = 32  # up to which h in the same kernel costs less than reading x again
 
@@ -287,43 +285,6 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
 _FORWARD.register_autograd(_backward, setup_context=remember)
 
 
-def conv2d(
-    x: Tensor,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    bias: Tensor | None,
-    scale: float,
-    stride: Pair,
-    padding: Pair | str,
-    dilation: Pair,
-    groups: int,
-    group: Tensor | None,
-    target: Tensor | None,
-    retain_target: Tensor | None,
-    norm: Norm,
-    emit_residual: bool,
-) -> LayerResult:
-    """The layer of :func:`rfa_fast.functional.rfa_conv2d` on fused kernels; arguments are taken as checked."""
-    from rfa_fast.kernels.conv2d_geometry import geometry, pair, resolve_padding
-
-    x, weight, bias = autocast(x, weight, bias)  # type: ignore[assignment]
-    steps, spread = pair("stride", stride), pair("dilation", dilation)
-    around = resolve_padding(padding, (weight.shape[2], weight.shape[3]), steps, spread)
-    where = geometry(x, weight, steps, around, spread, groups)
-    shape = (x.shape[0], weight.shape[0], where.out_height, where.out_width)
-    aim, held = (
-        None if constant is None or group is None else constant.detach().expand(shape)
-        for constant in (target, retain_target)
-    )
-    codes = None if group is None else group.contiguous()
-    out = Convolution(
-        *_FORWARD(
-            x, weight, bias, lora_a, lora_b, steps, around, spread, groups, codes, aim, held, scale, norm == "l2",
-            emit_residual,
-        )
-    )  # fmt: skip
-    residual = out.residual if emit_residual else None
-    if codes is None:
-        return out.output, residual, None, None
-    return out.output, residual, out.retain_loss, out.forget_loss
+def conv2d(*arguments: Any) -> LayerResult:
+    """The layer of :func:`rfa_fast.functional.rfa_conv2d` on fused kernels; :func:`rfa_fast.ops.conv2d_torch.run`."""
+    return conv2d_torch.run(_FORWARD, *arguments)

@@ -16,15 +16,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rfa_fast.config import Norm
 from rfa_fast.kernels.conv2d_geometry import (
+    channels_last,
     convolution,
     geometry,
     input_gradient,
     memory_format,
+    pair,
+    resolve_padding,
     weight_gradient,
 )
 from rfa_fast.objective import FORGET, RETAIN, accumulation_dtype, group_mean
-from rfa_fast.ops.rows import row_weights
+from rfa_fast.ops.plain import LayerResult, Pair
+from rfa_fast.ops.rows import autocast, picks, row_weights
 
 
 class Convolution(NamedTuple):
@@ -100,25 +105,22 @@ def forward(
 ) -> Convolution:  # fmt: skip
     """`rfa_fast::conv2d_forward` in torch."""
     where = geometry(x, weight, stride, padding, dilation, groups)
-    wide = accumulation_dtype(x.dtype)
+    wide, layout = accumulation_dtype(x.dtype), memory_format(x)
     down = convolution(x, lora_a.to(x.dtype), where)
-    hidden = as_rows(down)
-    frozen = convolution(x, weight, where)
-    if bias is not None:
-        frozen = frozen + bias[:, None, None]
-    layout = memory_format(x)
-    delta = low_rank(hidden, lora_b, frozen, groups, scale).contiguous(memory_format=layout)
-    output = (frozen + delta).contiguous(memory_format=layout)
-    residual = delta if emit_residual else x.new_empty(0)
+    frozen = convolution(x, weight, where, bias).contiguous(memory_format=layout)
+    delta = (scale * F.conv2d(down, lora_b.to(x.dtype), groups=groups)).contiguous(memory_format=layout)
     none = x.new_empty(0, dtype=wide)
-    if group is None:
-        return Convolution(output, residual, hidden, none, none.clone(), none.clone(), none.sum(), none.sum())
     mean, goal = none, target
-    if goal is None:
+    if group is not None and goal is None:
         mean = group_mean(frozen, group, (0,))[0][None].contiguous(memory_format=layout)
         goal = mean
-    selected = aimed_codes(group, target is not None) == FORGET
-    forget = _sample_errors(output, goal, selected)
+    # x̃ first: without Δ to show, x' becomes y in place, and no third tensor of its size is made.
+    output = frozen + delta if emit_residual else frozen.add_(delta)
+    residual = delta if emit_residual else x.new_empty(0)
+    hidden = as_rows(down)
+    if group is None or goal is None:
+        return Convolution(output, residual, hidden, none, none.clone(), none.clone(), none.sum(), none.sum())
+    forget = _sample_errors(output, goal, aimed_codes(group, target is not None) == FORGET)
     if kept is None:
         retain = retain_energy(hidden, lora_b, group, groups, scale)
     else:
@@ -127,8 +129,28 @@ def forward(
 
 
 def _sample_errors(output: Tensor, goal: Tensor, selected: Tensor) -> Tensor:
-    off = torch.where(selected[:, None, None, None], output.to(accumulation_dtype(output.dtype)) - goal, 0)
-    return off.square().sum((1, 2, 3))
+    """‖y − goal‖² of the selected samples, `(B,)`, 0 on the others."""
+    wide = accumulation_dtype(output.dtype)
+    if not picks(output):
+        off = torch.where(selected[:, None, None, None], output.to(wide) - goal, 0)
+        return off.square().sum((1, 2, 3))
+    rows = selected.nonzero().squeeze(1)
+    if _most(rows, output):
+        off = output.to(wide) - goal
+        off[~selected] = 0
+        return off.square_().sum((1, 2, 3))
+    off = output[rows].to(wide) - _picked(goal, rows)
+    return off.new_zeros(output.shape[0]).index_put_((rows,), off.square_().sum((1, 2, 3)))
+
+
+def _most(rows: Tensor, output: Tensor) -> bool:
+    """Whether picking these samples would copy more of `output` than it leaves out."""
+    return 2 * rows.shape[0] > output.shape[0]
+
+
+def _picked(goal: Tensor, rows: Tensor) -> Tensor:
+    """These samples of it, or the one that stands for all."""
+    return goal[:1] if goal.shape[0] == 1 or goal.stride(0) == 0 else goal[rows]
 
 
 class Weights(NamedTuple):
@@ -183,6 +205,39 @@ def thin_terms(
     return up, grad_b
 
 
+def _added(grad: Tensor, each: Tensor, output: Tensor, goal: Tensor) -> Tensor:
+    """G + w (y − goal) on the samples whose weight w is not 0."""
+    wide = accumulation_dtype(output.dtype)
+    if not picks(output):
+        factor = each[:, None, None, None]
+        return grad.to(wide) + factor * torch.where(factor != 0, output.to(wide) - goal, 0)
+    rows = each.nonzero().squeeze(1)
+    if _most(rows, output):
+        off = output.to(wide) - goal
+        off[each == 0] = 0
+        return off.mul_(each[:, None, None, None]).add_(grad)
+    off = output[rows].to(wide) - _picked(goal, rows)
+    moved = off.mul_(each[rows, None, None, None]).add_(grad[rows])
+    return grad.index_put((rows,), moved.to(grad.dtype))
+
+
+def _lifted(changed: Tensor, hidden: Tensor, lora_b: Tensor, groups: int, scale: float) -> tuple[Tensor, Tensor]:
+    """What comes from G': s G' B as rows `(M, g·R)`, and dB `(N, R)`; both in the dtype of sums."""
+    wide, rank = accumulation_dtype(changed.dtype), lora_b.shape[1]
+    lifted = lora_b.to(changed.dtype).reshape(groups, -1, rank)
+    if channels_last(changed):
+        rows, thin = as_rows(changed).reshape(-1, groups, lifted.shape[1]), hidden.reshape(-1, groups, rank)
+        up = torch.einsum("mgn,gnr->mgr", rows, lifted).reshape(hidden.shape)
+        grad_b = torch.einsum("mgn,mgr->gnr", rows, thin)
+    else:
+        # As rows, G' would be copied; sample by sample it is a matrix as it lies.
+        image = changed.reshape(changed.shape[0], groups, lifted.shape[1], -1)
+        thin = hidden.reshape(changed.shape[0], -1, groups, rank)
+        up = torch.einsum("bgnp,gnr->bpgr", image, lifted).reshape(hidden.shape)
+        grad_b = torch.einsum("bgnp,bpgr->bgnr", image, thin).sum(0)
+    return scale * up.to(wide), scale * grad_b.reshape(-1, rank).to(wide)
+
+
 def backward(
     grad: Tensor, residual_grad: Tensor | None, retain_grad: Tensor | None, forget_grad: Tensor | None, x: Tensor,
     weight: Tensor, lora_a: Tensor, lora_b: Tensor, stride: list[int], padding: list[int], dilation: list[int],
@@ -192,17 +247,12 @@ def backward(
     """`rfa_fast::conv2d_backward` in torch."""
     where = geometry(x, weight, stride, padding, dilation, groups)
     w = sample_weights(group, retain_grad, forget_grad, target_given, retain_norms, forget_norms, l2)
-    changed, wide, rank = grad, accumulation_dtype(x.dtype), lora_b.shape[1]
+    changed = grad
     for aim, each in ((goal, w.forget), (kept, w.retain)):
         if aim is not None and each is not None:
-            factor = each[:, None, None, None]
-            changed = changed.to(wide) + factor * torch.where(factor != 0, output.to(wide) - aim, 0)
+            changed = _added(changed, each, output, aim)
     changed = changed.to(x.dtype)
-    rows = as_rows(changed).reshape(hidden.shape[0], groups, -1)
-    lifted = lora_b.to(x.dtype).reshape(groups, -1, rank)
-    up = scale * torch.einsum("mgn,gnr->mgr", rows, lifted).reshape(hidden.shape).to(wide)
-    thin = hidden.reshape(-1, groups, rank)
-    grad_b = scale * torch.einsum("mgn,mgr->gnr", rows, thin).reshape(-1, rank).to(wide)
+    up, grad_b = _lifted(changed, hidden, lora_b, groups, scale)
     retain = None if kept is not None else w.retain
     up, grad_b = thin_terms(up, grad_b, residual_grad, hidden, lora_b, retain, groups, scale)
     image = as_image(up.to(x.dtype), output)
@@ -243,3 +293,67 @@ def derivative(
     )  # fmt: skip
     grad_x = grads[0] if ctx.needs_input_grad[0] else None
     return grad_x, None, None, grads[1], grads[2], *([None] * 10)
+
+
+class _Layer(torch.autograd.Function):
+    """The two above, on any device."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        result = forward(*arguments)
+        remember(ctx, arguments, result)
+        return tuple(result)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        return derivative(backward, ctx, *grads)
+
+
+def run(
+    operator: Any,
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    stride: Pair,
+    padding: Pair | str,
+    dilation: Pair,
+    groups: int,
+    group: Tensor | None,
+    target: Tensor | None,
+    retain_target: Tensor | None,
+    norm: Norm,
+    emit_residual: bool,
+) -> LayerResult:
+    """The layer of :func:`rfa_fast.functional.rfa_conv2d` by an operator; arguments are taken as checked.
+
+    Args:
+        operator: `rfa_fast::conv2d_forward`, or the same in torch.
+    """
+    x, weight, bias = autocast(x, weight, bias)  # type: ignore[assignment]
+    steps, spread = pair("stride", stride), pair("dilation", dilation)
+    around = resolve_padding(padding, (weight.shape[2], weight.shape[3]), steps, spread)
+    where = geometry(x, weight, steps, around, spread, groups)
+    shape = (x.shape[0], weight.shape[0], where.out_height, where.out_width)
+    aim, held = (
+        None if constant is None or group is None else constant.detach().expand(shape)
+        for constant in (target, retain_target)
+    )
+    codes = None if group is None else group.contiguous()
+    out = Convolution(
+        *operator(
+            x, weight, bias, lora_a, lora_b, steps, around, spread, groups, codes, aim, held, scale, norm == "l2",
+            emit_residual,
+        )
+    )  # fmt: skip
+    residual = out.residual if emit_residual else None
+    if codes is None:
+        return out.output, residual, None, None
+    return out.output, residual, out.retain_loss, out.forget_loss
+
+
+def conv2d(*arguments: Any) -> LayerResult:
+    """The layer of :func:`rfa_fast.functional.rfa_conv2d` in torch; see :func:`run`."""
+    return run(_Layer.apply, *arguments)

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from rfa_fast.config import Norm
 from rfa_fast.objective import FORGET, RETAIN, accumulation_dtype, group_mean
-from rfa_fast.ops.rows import autocast, group_rows, row_map, row_weights, unit_sums
+from rfa_fast.ops.rows import autocast, group_rows, picks, row_map, row_weights, unit_sums
 
 LayerAndMean = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
@@ -125,20 +125,11 @@ def forward(
 
 def squared_errors(output: Tensor, values: Tensor, div: int, mod: int, selected: Tensor) -> Tensor:
     """‖y − values‖² of the selected rows, `(M,)`, 0 on the others; arguments as :func:`off_rows`."""
-    if not _by_index(output):
+    if not picks(output):
         return torch.where(selected[:, None], off_rows(output, values, div, mod), 0).square().sum(1)
     rows = selected.nonzero().squeeze(1)
     off = output[rows].to(accumulation_dtype(output.dtype)) - values[(rows // div) % mod]
     return off.new_zeros(output.shape[0]).index_put_((rows,), off.square_().sum(1))
-
-
-def _by_index(rows: Tensor) -> bool:
-    """Whether to pick rows rather than mask them.
-
-    Picking touches only what is needed, but waits for a device and makes shapes of values: on a CPU, and
-    outside a compiled graph, neither matters.
-    """
-    return rows.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def off_rows(output: Tensor, values: Tensor, div: int, mod: int) -> Tensor:
@@ -193,7 +184,7 @@ def thin_terms(
 def _added(grad: Tensor, each: Tensor, output: Tensor, values: Tensor, div: int, mod: int) -> Tensor:
     """G + w (y − values) on the rows whose weight w is not 0."""
     wide = accumulation_dtype(output.dtype)
-    if not _by_index(output):
+    if not picks(output):
         off = torch.where((each != 0)[:, None], off_rows(output, values, div, mod), 0)
         return grad.to(wide) + each[:, None] * off
     rows = each.nonzero().squeeze(1)

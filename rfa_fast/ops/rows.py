@@ -59,6 +59,19 @@ def group_rows(group: Tensor, leading: Sequence[int]) -> Tensor:
     return group.reshape(tuple(group.shape) + trailing).expand(tuple(leading)).reshape(-1).contiguous()
 
 
+def picks(rows: Tensor) -> bool:
+    """Whether to pick the rows of a group rather than mask the others.
+
+    Picking touches only what is needed, but waits for a device and makes shapes of values: on a CPU, and
+    outside a compiled graph, neither matters.
+
+    Example:
+        >>> picks(torch.zeros(1))
+        True
+    """
+    return rows.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def unit_sums(per_row: Tensor, unit_rows: int) -> Tensor:
     """`(rows,)` -> `(units,)`, a unit being `unit_rows` adjacent rows.
 
