@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
-from collections.abc import Callable
-from pathlib import Path
 
 import peft
 import pytest
 import torch
+from adapter_cases import adapted_by_peft, build, linears, outputs, read_by_peft, train
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
@@ -39,10 +37,6 @@ class Suffixes(nn.Module):
         return self.block_fc(self.block["xfc"](self.block["fc"](self.fc(x).tanh()).tanh()).tanh())
 
 
-def linears() -> nn.Module:
-    return nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 6, bias=False))
-
-
 def bert() -> nn.Module:
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
     return BertForSequenceClassification(BertConfig(vocab_size=31, num_labels=5, **sizes))
@@ -65,39 +59,6 @@ VARIANTS = {
     "pissa-rslora": {"adapter": "pissa", "rslora": True},
 }
 MODELS = {"bert": (bert, "all"), "gpt2": (gpt2, "all"), "llama": (llama, "deep")}
-
-
-def build(make: Callable[[], nn.Module], dtype: torch.dtype = torch.float32) -> nn.Module:
-    torch.manual_seed(0)
-    return make().to(dtype).eval()
-
-
-def train(rfa: rfa_fast.RFA) -> rfa_fast.RFA:
-    """Stand in for training: every trainable tensor moves, differently in each layer."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in rfa.parameters():
-            parameter += 0.2 * torch.randn(parameter.shape, generator=generator).to(parameter)
-    return rfa
-
-
-def read_by_peft(model: nn.Module, folder: Path) -> peft.PeftModel:
-    """PEFT's own loader, with its warnings about missing or unexpected keys as errors."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*(missing|unexpected|Unexpected).*")
-        return peft.PeftModel.from_pretrained(model, folder).eval()
-
-
-def outputs(model: nn.Module, x: Tensor) -> Tensor:
-    with torch.no_grad():
-        out = model(x)
-    return out if isinstance(out, Tensor) else out.logits
-
-
-def adapted_by_peft(model: peft.PeftModel) -> dict[str, float]:
-    """Layer name -> scale."""
-    layers = model.base_model.model.named_modules()
-    return {n: m.scaling["default"] for n, m in layers if isinstance(m, peft.tuners.lora.LoraLayer)}
 
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
