@@ -120,6 +120,8 @@ def test_two_tables_share_the_runs_that_they_have_in_common() -> None:
     assert 'rfa mode="residual"' in rows
     assert set(measured_metrics("image")) == set(units[0].metrics)
     assert not {"feature_distance_1", "activation_distance"} & set(units[2].metrics)
+    named = replace(choice, tables=("table1",), metrics=("mia_auc", "seconds/finetune"))
+    assert [unit.metrics for unit in units_of(blocks_of(named), named)] == [("mia_auc", "seconds")] * 3
 
 
 def test_of_several_tables_a_quick_plan_takes_each_on_one_pair() -> None:

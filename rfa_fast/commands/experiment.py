@@ -42,8 +42,8 @@ def experiment(
                                  show_default="the table's")
     ] = None,
     metrics: Annotated[
-        str | None, typer.Option(metavar="A,B", help="Columns, see --list.", rich_help_panel=_WHAT,
-                                 show_default="the table's")
+        str | None, typer.Option(metavar="A,B", help="Columns, see --list; nothing else is measured then.",
+                                 rich_help_panel=_WHAT, show_default="the table's")
     ] = None,
     setting: Annotated[
         list[str] | None,

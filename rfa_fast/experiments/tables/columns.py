@@ -70,15 +70,20 @@ def check_columns(names: Iterable[str], *, kind: str | None = None) -> list[str]
     return wanted
 
 
-def measured_metrics(kind: str, wanted: Iterable[str] = ()) -> tuple[str, ...]:
+def measured_metrics(kind: str, wanted: Iterable[str] = (), *, only: bool = False) -> tuple[str, ...]:
     """What is measured of every row: all that the tables show of this kind of pair, and whatever is `wanted` beside.
 
-    One set for all tables, so that a row that one table has measured is finished for the others too.
+    One set for all tables, so that a row that one table has measured is finished for the others too. Whoever names
+    metrics wants those `only`, and the time: distances run Original and Retrain over every subset of every row again.
 
     Example:
         >>> "perplexity" in measured_metrics("image"), "perplexity" in measured_metrics("language")
         (False, True)
+        >>> measured_metrics("image", ["accuracy"], only=True)
+        ('accuracy', 'seconds')
     """
+    if only:
+        return tuple(dict.fromkeys([*(name for name in wanted if name not in DERIVED), "seconds"]))
     names = ["accuracy", "loss", "activation_distance", "activation_distance_squared", "feature_distance_1"]
     names += ["feature_distance_2", "mia_svm", "mia_logistic", "mia_auc", "seconds", "peak_mib"]
     if kind == "language":

@@ -43,7 +43,7 @@ class Choice:
         pairs: names of pairs.
         scenarios: `class:NAME`, `sample:COUNT` or `keyword:WORD`; empty: each pair's own.
         methods: names of rows; `None`: each table's own.
-        metrics: names of metrics; `None`: each table's own.
+        metrics: names of metrics, the only ones that are measured then; `None`: each table's own.
         seeds: how many, from 0.
         retrain_seeds: how many Retrain has, if more.
         sizes: pair -> how much of it is used.
@@ -189,7 +189,7 @@ def units_of(blocks: Sequence[Block], choice: Choice) -> list[Unit]:
         wanted.setdefault(block.pair.name, []).extend(block.metrics)
     units: list[Unit] = []
     for (name, lasting), rows_of in scenarios.items():
-        metrics = measured_metrics(PAIRS[name].kind, wanted[name])
+        metrics = measured_metrics(PAIRS[name].kind, wanted[name], only=choice.metrics is not None)
         units += [Unit(name, seed, rows_of, metrics, lasting=lasting) for seed in range(choice.seeds)]
         alone = tuple(m for m in metrics if not m.startswith(("feature_", "activation_", "zrf")))
         nothing: dict[str, dict[str, PlannedRow]] = {scenario: {} for scenario in rows_of}
