@@ -77,7 +77,7 @@ def test_an_ignored_sample_full_of_nan_reaches_no_loss(taught, forgotten) -> Non
 
 
 def test_neither_the_frozen_feature_nor_the_residual_is_kept_for_the_backward() -> None:
-    """Of the output's size autograd holds y, and of the input's x; all else is thin (h) or a constant."""
+    """Of the input's size autograd holds x; of the output's the sample to forget; all else is thin (h) or constant."""
     x = torch.randn(8, 16, 12, 12, requires_grad=True)
     weight, a = torch.randn(32, 16, 3, 3), torch.randn(2, 16, 3, 3, requires_grad=True)
     b = torch.randn(32, 2, 1, 1, requires_grad=True)
@@ -90,7 +90,41 @@ def test_neither_the_frozen_feature_nor_the_residual_is_kept_for_the_backward() 
     group = torch.tensor([1, 0, 0, 0, 0, 0, 0, 0], dtype=torch.int8)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         out = rfa_conv2d(x, weight, a, b, scale=2.0, padding=1, group=group, backend="torch")
-    images = 4 * (8 * 16 * 144 + 8 * 32 * 144 + 8 * 2 * 144 + 32 * 144)  # x, y, h, x̃
+    images = 4 * (8 * 16 * 144 + 1 * 32 * 144 + 8 * 2 * 144 + 32 * 144)  # x, one y, h, x̃
     parameters = 4 * sum(p.numel() for p in (weight, a, b))
     assert images < sum(kept.values()) <= images + parameters + 1024
     assert out.output.shape == (8, 32, 12, 12)
+
+
+def test_the_output_may_be_added_to_in_place() -> None:
+    """A skip connection written `y += x`; with a teacher y is needed later, and autograd says so."""
+    tensors = convolution_case({"padding": 1}, (3, 3))
+
+    def total(*, in_place: bool) -> tuple[torch.Tensor, ...]:
+        out = rfa_conv2d(**tensors, padding=1, scale=1.5, group=codes(2))
+        y = out.output
+        y = y.add_(1.0) if in_place else y + 1.0
+        return torch.autograd.grad(y.square().sum() + out.forget_loss, (tensors["lora_a"], tensors["lora_b"]))
+
+    for ours, truth in zip(total(in_place=True), total(in_place=False), strict=True):
+        assert torch.allclose(ours, truth, rtol=1e-12)
+
+
+def test_a_second_derivative_is_refused_not_wrong() -> None:
+    tensors = convolution_case({}, (3, 3))
+    out = rfa_conv2d(**tensors, scale=1.5, group=codes(2))
+    (first,) = torch.autograd.grad(out.output.square().sum(), tensors["lora_b"], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+@pytest.mark.parametrize("forgotten", FORGET_COUNTS)
+def test_the_losses_are_fp32_under_autocast(forgotten) -> None:
+    """Products in bf16, sums in fp32: the retain loss is that of the rounded h, to fp32's accuracy."""
+    tensors = {k: v.detach().float() for k, v in convolution_case({}, (3, 3)).items()}
+    group = codes(forgotten)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = rfa_conv2d(**tensors, scale=1.5, group=group)
+        down = torch.nn.functional.conv2d(tensors["x"], tensors["lora_a"])
+    residual = 1.5 * torch.einsum("brhw,nr->bnhw", down.double(), tensors["lora_b"].double()[:, :, 0, 0])
+    assert out.retain_loss.item() == pytest.approx(residual[group == 0].square().sum().item(), rel=1e-5)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from rfa_fast.config import Norm
@@ -90,7 +91,9 @@ def retain_energy(hidden: Tensor, lora_b: Tensor, group: Tensor, groups: int, sc
     h = hidden.reshape(group.shape[0], -1, groups, rank)
     h = torch.where((group == RETAIN)[:, None, None, None], h, 0).to(wide)
     up = lora_b.to(wide).reshape(groups, -1, rank)
-    return scale**2 * (torch.einsum("bpgr,grs->bpgs", h, up.mT @ up) * h).sum((1, 2, 3)).clamp(min=0)
+    with torch.autocast(h.device.type, enabled=False):
+        gram = torch.einsum("bpgr,grs->bpgs", h, up.mT @ up)
+    return scale**2 * (gram * h).sum((1, 2, 3)).clamp(min=0)
 
 
 def aimed_codes(group: Tensor, target_given: bool) -> Tensor:
@@ -205,20 +208,33 @@ def thin_terms(
     return up, grad_b
 
 
-def _added(grad: Tensor, each: Tensor, output: Tensor, goal: Tensor) -> Tensor:
-    """G + w (y − goal) on the samples whose weight w is not 0."""
+def _added(grad: Tensor, each: Tensor, selected: Tensor, output: Tensor, goal: Tensor) -> Tensor:
+    """G + w (y − goal) on the selected samples; `output` has all samples, or those alone (:func:`_compared`)."""
     wide = accumulation_dtype(output.dtype)
     if not picks(output):
         factor = each[:, None, None, None]
         return grad.to(wide) + factor * torch.where(factor != 0, output.to(wide) - goal, 0)
-    rows = each.nonzero().squeeze(1)
-    if _most(rows, output):
+    rows = selected.nonzero().squeeze(1)
+    whole = output.shape[0] == grad.shape[0]
+    if whole and _most(rows, output):
         off = output.to(wide) - goal
-        off[each == 0] = 0
+        off[~selected] = 0
         return off.mul_(each[:, None, None, None]).add_(grad)
-    off = output[rows].to(wide) - _picked(goal, rows)
+    off = (output[rows] if whole else output).to(wide) - _picked(goal, rows)
     moved = off.mul_(each[rows, None, None, None]).add_(grad[rows])
     return grad.index_put((rows,), moved.to(grad.dtype))
+
+
+def _compared(output: Tensor, group: Tensor | None, target_given: bool, kept: Tensor | None) -> Tensor:
+    """Of y what the backward compares: where samples are picked, a copy of those to forget.
+
+    So y is the caller's alone: it is not kept for us, and may be added to in place.
+    """
+    if not picks(output) or kept is not None:
+        return output
+    if group is None:
+        return output.new_empty((0, *output.shape[1:]))
+    return output[(aimed_codes(group, target_given) == FORGET).nonzero().squeeze(1)]
 
 
 def _lifted(changed: Tensor, hidden: Tensor, lora_b: Tensor, groups: int, scale: float) -> tuple[Tensor, Tensor]:
@@ -248,14 +264,14 @@ def backward(
     where = geometry(x, weight, stride, padding, dilation, groups)
     w = sample_weights(group, retain_grad, forget_grad, target_given, retain_norms, forget_norms, l2)
     changed = grad
-    for aim, each in ((goal, w.forget), (kept, w.retain)):
-        if aim is not None and each is not None:
-            changed = _added(changed, each, output, aim)
+    for aim, each, code in ((goal, w.forget, FORGET), (kept, w.retain, RETAIN)):
+        if aim is not None and each is not None and group is not None:
+            changed = _added(changed, each, aimed_codes(group, target_given) == code, output, aim)
     changed = changed.to(x.dtype)
     up, grad_b = _lifted(changed, hidden, lora_b, groups, scale)
     retain = None if kept is not None else w.retain
     up, grad_b = thin_terms(up, grad_b, residual_grad, hidden, lora_b, retain, groups, scale)
-    image = as_image(up.to(x.dtype), output)
+    image = as_image(up.to(x.dtype), grad)
     grad_x = x.new_empty(0)
     if needs_x:
         grad_x = input_gradient(changed, weight, where) + input_gradient(image, lora_a.to(x.dtype), where)
@@ -264,17 +280,19 @@ def backward(
     return grad_x, grad_a.to(lora_a.dtype), grad_b.reshape(lora_b.shape).to(lora_b.dtype)
 
 
-def remember(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    """What autograd keeps of a forward."""
+def remember(ctx: Any, inputs: tuple[Any, ...], output: Any, compared: Tensor | None = None) -> None:
+    """What autograd keeps of a forward: of y all, or what it is `compared` by."""
     x, weight, _, a, b, stride, padding, dilation, groups, group, target, kept, scale, l2, emit = inputs
     result = Convolution(*output)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(result.hidden, result.mean, result.retain_norms, result.forget_norms)
     goal = result.mean if target is None else target
+    held = result.output if compared is None else compared
     ctx.save_for_backward(
-        x, weight, a, b, group, goal, kept, result.hidden, result.output, result.retain_norms, result.forget_norms
+        x, weight, a, b, group, goal, kept, result.hidden, held, result.retain_norms, result.forget_norms
     )
     ctx.options = (stride, padding, dilation, groups, target is not None, scale, l2, emit)
+    ctx.shape = result.output.shape
 
 
 def derivative(
@@ -285,8 +303,8 @@ def derivative(
     stride, padding, dilation, groups, given, scale, l2, emit = ctx.options
     retain_grad, forget_grad = rest[-2:]
     if grad is None:
-        grad = torch.zeros_like(output)
-    goal = None if group is None else goal.expand(output.shape)
+        grad = output.new_zeros(ctx.shape)
+    goal = None if group is None else goal.expand(ctx.shape)
     grads = operator(
         grad, residual if emit else None, retain_grad, forget_grad, x, weight, a, b, stride, padding, dilation, groups,
         group, goal, given, kept, hidden, output, retain_norms, forget_norms, scale, l2, ctx.needs_input_grad[0],
@@ -301,10 +319,12 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Any:
         result = forward(*arguments)
-        remember(ctx, arguments, result)
+        group, target, kept = arguments[9:12]
+        remember(ctx, arguments, result, _compared(result.output, group, target is not None, kept))
         return tuple(result)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         return derivative(backward, ctx, *grads)
 
