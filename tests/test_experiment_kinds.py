@@ -10,11 +10,11 @@ import pytest
 from text_cases import four_token_texts
 
 from rfa_fast.data import TokenDataset
-from rfa_fast.experiments import bbc_news, smollm2
 from rfa_fast.experiments.common import Experiment
 from rfa_fast.experiments.comparison import Request
 from rfa_fast.experiments.models import seeded
 from rfa_fast.experiments.tables.experiment import run
+from rfa_fast.experiments.tables.pairs import PAIRS
 from rfa_fast.experiments.tables.plan import Choice
 from rfa_fast.report import RunReport
 
@@ -67,8 +67,8 @@ def computed(table: str, pair: str, folder: Path, *scenarios: str, **changes: An
 
 @pytest.fixture(autouse=True)
 def small_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(smollm2, "experiment", language_model)
-    monkeypatch.setattr(bbc_news, "experiment", classifier)
+    for name, make in (("trivia/smollm2", language_model), ("bbc-news/minilm", classifier)):
+        monkeypatch.setitem(vars(PAIRS[name]), "make", make)
     monkeypatch.setattr("rfa_fast.report_page.draw_plots", lambda scenario, anchor: [])
 
 

@@ -25,7 +25,7 @@ from rfa_fast.experiments.tables.pairs import PAIRS, find_pairs, recipe_words
 from rfa_fast.experiments.tables.paper_figures import paper_figures
 from rfa_fast.experiments.tables.plan import Block, Choice, PlannedRow, Sizes, blocks_of, units_of
 from rfa_fast.experiments.tables.presence import missing
-from rfa_fast.experiments.tables.rates import Rates
+from rfa_fast.experiments.tables.rates import Rates, passes_of
 from rfa_fast.experiments.tables.results import block_result, gap_summaries
 from rfa_fast.experiments.tables.rows import ROWS
 from rfa_fast.experiments.tables.runner import Found, Place
@@ -288,9 +288,9 @@ def test_jobs_beyond_the_cores_wait(jobs: int, threads: int, expected: int, monk
 def test_a_budget_takes_the_largest_sizes_that_fit() -> None:
     pair = "fashion-mnist/resnet18"
     forecaster = Counted(Choice(("table1",), (pair,), methods=("neggrad",), seeds=1))
-    # Original 60,000 · 5, Retrain 59,872 · 5 and 54,000 · 5 at 1 ms; NegGrad 128 + 6,000 at 2 ms;
+    # Original 60,000 · 5, Retrain 59,872 · 5 and 54,000 · 5 at 1 ms; NegGrad 2 · 127 + 48 · 127 at 2 ms;
     # three rows measured on 60,000 + 10,000 in each scenario at 0.1 ms, and a second for each of the six.
-    assert forecaster.total(LADDER[0]) == pytest.approx(300 + 299.36 + 270 + 12.256 + 42 + 6, rel=1e-6)
+    assert forecaster.total(LADDER[0]) == pytest.approx(300 + 299.36 + 270 + 12.7 + 42 + 6, rel=1e-6)
     totals = [forecaster.total(step) for step in LADDER]
     assert totals == sorted(totals, reverse=True)
     assert forecaster.fit(1e6)[pair] == Sizes()
@@ -357,3 +357,36 @@ def test_unknown_names_list_the_known_ones() -> None:
     paper = {"epochs": 10, "batch_size": 128, "lr": 5e-5, "warmup_steps": 250}
     assert "the paper's recipe" in recipe_words(paper, PAIRS["cifar-10/vit"])
     assert "shortened recipe" in recipe_words({**paper, "epochs": 3}, PAIRS["cifar-10/vit"])
+
+
+def options_of(choice: Choice) -> dict[str, dict[str, Any]]:
+    """Label -> options of every run on the class."""
+    (unit,) = units_of(blocks_of(choice), choice)
+    rows = unit.scenarios["class:3"].values()
+    return {row.spec.label: row.options(PAIRS[DIGITS], "class", 100, 0) for row in rows}
+
+
+def test_a_setting_of_the_user_keeps_rows_apart_that_say_nothing_and_reaches_those_that_vary() -> None:
+    choice = Choice(("table1", "rank"), (DIGITS,), seeds=1, overrides={"rfa-residual": {"rank": 4}})
+    ranks = [options.get("rank") for options in options_of(choice).values()]
+    assert sorted(rank for rank in ranks if rank is not None) == [1, 2, 4, 8, 16]  # 4 is the row that says nothing
+    rated = replace(choice, overrides={"rfa-residual": {"lr": 0.5}})
+    rates = {label: options["lr"] for label, options in options_of(rated).items()}
+    assert rates["rank 1"] == rates["RFA residual"] == 0.5 != rates["RFA teacher"]
+
+
+def test_what_neggrad_goes_through_is_counted_by_its_steps() -> None:
+    row = PlannedRow(ROWS["neggrad"], epochs=3)
+    options = row.options(PAIRS[DIGITS], "class", 100, 0)
+    assert passes_of(row, {"D_f": 100, "D_r": 900}, options) == options["max_steps"] * options["forget_per_batch"]
+    assert passes_of(PlannedRow(ROWS["scrub"]), {"D_f": 100, "D_r": 900}, {"epochs": 2}) == 1800
+
+
+def test_rates_of_two_processes_are_both_kept(tmp_path: Path) -> None:
+    mine, other = (Rates(tmp_path, DIGITS, threads=1) for _ in range(2))
+    mine.note("train", 2.0, 100)
+    other.note("rfa", 4.0, 100)
+    mine.save()
+    other.save()
+    found = Rates(tmp_path, DIGITS, threads=1)
+    assert (found.get("train"), found.get("rfa"), found.get("measure")) == (0.02, 0.04, None)

@@ -324,3 +324,13 @@ def test_methods_that_share_a_file_share_the_split(tmp_path) -> None:
     with pytest.raises(FileExistsError, match="holds another split"):
         split_by_sample(10, 5, count=2, seed=1).save(file)
     assert Split.load(file).digest() == split.digest()
+
+
+def test_a_split_saved_by_several_processes_is_written_once_and_leaves_nothing_behind(tmp_path, monkeypatch) -> None:
+    file, split = tmp_path / "split.json", split_by_sample(10, 5, count=2, seed=0)
+    split.save(file)
+    monkeypatch.setattr("os.replace", lambda *names: pytest.fail("written again"))
+    split.save(file)
+    assert list(tmp_path.iterdir()) == [file]
+    with pytest.raises(FileExistsError, match="another split"):
+        split_by_sample(10, 5, count=3, seed=0).save(file)

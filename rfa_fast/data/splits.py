@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -144,12 +145,17 @@ class Split:
         """
         path = Path(path)
         content = json.dumps({"format": FORMAT, "digest": self.digest(), **asdict(self)}, indent=1) + "\n"
-        if path.exists() and not overwrite and path.read_bytes() != content.encode():
+        if path.exists() and not overwrite:
+            if path.read_bytes() == content.encode():
+                return
             raise FileExistsError(f"{path} holds another split; choose another file or say overwrite=True")
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(content, encoding="utf-8")
-        os.replace(partial, path)
+        partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")  # other processes may save it as well
+        try:
+            partial.write_text(content, encoding="utf-8")
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Split:

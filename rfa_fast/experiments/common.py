@@ -26,7 +26,7 @@ from rfa_fast.experiments.cells import CellStore, slug
 from rfa_fast.experiments.measuring import FEATURE_ITEMS, Measures, lasting_figures
 from rfa_fast.experiments.measuring import bar as bar
 from rfa_fast.experiments.measuring import thinned as thinned
-from rfa_fast.methods import train, unlearn
+from rfa_fast.methods import method_settings, train, unlearn
 from rfa_fast.metrics import Predictions, SplitResult, evaluate_split, feature_distance, measure
 from rfa_fast.report import Example, MethodRow, Scenario
 
@@ -270,7 +270,8 @@ class ScenarioRun:
 
     def _method_settings(self, method: Method) -> dict[str, Any]:
         settings = self._settings({"model": self.experiment.settings(self.experiment.train)})
-        return settings | {"options": dict(method.options)} | ({} if method.repeat == 1 else {"repeat": method.repeat})
+        settings |= {"options": dict(method.options), "method": method_settings(method.options)}
+        return settings | ({} if method.repeat == 1 else {"repeat": method.repeat})
 
     def _settings(self, more: Mapping[str, Any]) -> dict[str, Any]:
         """What a row is trusted by."""

@@ -10,7 +10,7 @@ from rfa_fast.methods.base import Batch, Method, NonFiniteError, StepRecord, Unl
 from rfa_fast.methods.record import hash_model, read_record, verify_record
 from rfa_fast.methods.retrain import TrainResult, train
 from rfa_fast.methods.run import UnlearnResult
-from rfa_fast.methods.unlearn import METHODS, unlearn
+from rfa_fast.methods.unlearn import METHODS, method_settings, unlearn
 
 __all__ = [
     "METHODS",
@@ -22,6 +22,7 @@ __all__ = [
     "UnlearnInterrupted",
     "UnlearnResult",
     "hash_model",
+    "method_settings",
     "read_record",
     "train",
     "unlearn",

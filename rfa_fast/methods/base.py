@@ -47,6 +47,8 @@ class Method(ABC):
 
     name: ClassVar[str]
     reads_forget_labels: ClassVar[bool] = True
+    revision: ClassVar[int] = 0
+    """Raised by 1 when the same options come to mean another computation: figures kept of the earlier one are stale."""
     trains: ClassVar[str] = "weights"
     """What a step changes, in the words of a message."""
     handle: object | None = None

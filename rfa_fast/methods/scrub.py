@@ -51,6 +51,7 @@ class SCRUB(WeightsMethod):
     """
 
     name = "scrub"
+    revision = 1
     reads_forget_labels = False
     OPTIONS: ClassVar[Mapping[str, Option]] = {
         **WeightsMethod.OPTIONS,

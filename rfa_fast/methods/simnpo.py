@@ -37,6 +37,7 @@ class SimNPO(GradDiff):
     """
 
     name = "simnpo"
+    revision = 1
     OPTIONS: ClassVar[Mapping[str, Option]] = {
         **GradDiff.OPTIONS,
         "forget_weight": Option(0.125, number(minimum=0)),

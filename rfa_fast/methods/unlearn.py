@@ -8,6 +8,7 @@ error. What it costs is a hash of the weights before and after, a second per few
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -46,6 +47,34 @@ METHODS: dict[str, type[Method]] = {
 
 Evaluate = Callable[[nn.Module], Mapping[str, float]]
 Until = Callable[[Mapping[str, float]], bool]
+
+
+def method_settings(options: Mapping[str, Any]) -> dict[str, Any]:
+    """A method's own settings among the keyword arguments of a call of :func:`unlearn`, its defaults filled in.
+
+    Args:
+        options: `method`, options of the loop such as `lr`, and those of the method.
+
+    Returns:
+        JSON-safe values; `revision` besides where the method once computed something else by the same options.
+
+    Raises:
+        ValueError, TypeError: an option or value that :func:`unlearn` would refuse.
+
+    Example:
+        >>> method_settings({"method": "simnpo", "lr": 1e-4})["revision"], method_settings({"rank": 2})["alpha"]
+        (1, 32)
+    """
+    loop = {name: p.default for name, p in inspect.signature(unlearn).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    given = {**loop, **options}
+    checks.positive_integers(**{name: given[name] for name in ("epochs", "batch_size", "max_steps")})
+    checks.numbers(**{name: given[name] for name in ("lr", "weight_decay", "max_grad_norm", "seed")})
+    checks.autocast_dtype(given["autocast"])
+    if given["method"] not in METHODS:
+        raise ValueError(f"method: got {given['method']!r}, expected one of {', '.join(map(repr, METHODS))}")
+    kind = METHODS[given["method"]]
+    found = kind.settings({name: value for name, value in options.items() if name not in loop})
+    return found if kind.revision == 0 else {**found, "revision": kind.revision}
 
 
 def unlearn(

@@ -138,10 +138,10 @@ class Forecaster:
                 sizes = {name: len(subset) for name, subset in run.subsets.items()}
                 rates, epochs = self.rates[unit.pair], int(run.experiment.recipe["epochs"])
                 for label in missing:
-                    original = (unit.pair, unit.seed, PAIRS[unit.pair].group(scenario))
-                    if label == "Original" and original in trained:
+                    of = PAIRS[unit.pair].group(scenario) if label == "Original" else scenario
+                    if (made := (unit.pair, unit.seed, f"{label} {of}")) in trained:
                         continue
-                    trained |= {original} if label == "Original" else set()
+                    trained.add(made)
                     models += 1
                     kept = sizes["D_r"] + (sizes["D_f"] if label == "Original" else 0)
                     seconds += rates[TRAIN] * kept * epochs
@@ -165,13 +165,15 @@ class Forecaster:
                 extent = self.extents[unit.pair, group]
                 share = min(1.0, (sizes.limit or extent.train) / extent.train)
                 epochs = sizes.epochs or extent.epochs
-                if not unit.retrain_only and (unit.pair, unit.seed, group) not in trained:
-                    trained.add((unit.pair, unit.seed, group))
+                if not unit.retrain_only and (unit.pair, unit.seed, f"Original {group}") not in trained:
+                    trained.add((unit.pair, unit.seed, f"Original {group}"))
                     seconds += rates[TRAIN] * extent.train * share * epochs
                 counted = scenario.startswith("sample:")
                 forgotten = extent.forgotten[scenario] * (1.0 if counted else share)
                 parts = {"D_f": int(forgotten), "D_r": int(extent.train * share - forgotten)}
-                seconds += rates[TRAIN] * parts["D_r"] * epochs
+                if (retrain := (unit.pair, unit.seed, f"Retrain {scenario}")) not in trained:
+                    trained.add(retrain)
+                    seconds += rates[TRAIN] * parts["D_r"] * epochs
                 measured = [parts["D_f"], parts["D_r"], int(min(extent.test, sizes.limit or extent.test))]
                 each = sum(min(n, sizes.samples or n) for n in measured)
                 rows = len(planned) + (1 if unit.retrain_only else 2)
@@ -181,9 +183,7 @@ class Forecaster:
                     seconds += again * rows
                 for row in planned.values():
                     kind = "sample" if counted else "class"
-                    options = row.spec.keywords(
-                        PAIRS[unit.pair], kind, parts["D_f"], 0, row.epochs, self.choice.options(row.spec)
-                    )
+                    options = row.options(PAIRS[unit.pair], kind, parts["D_f"], 0, quick=self.choice.quick)
                     seconds += self._row(unit.pair, row, parts, options)
         return seconds
 

@@ -83,7 +83,7 @@ def measured_metrics(kind: str, wanted: Iterable[str] = (), *, only: bool = Fals
         ('accuracy', 'seconds')
     """
     if only:
-        return tuple(dict.fromkeys([*(name for name in wanted if name not in DERIVED), "seconds"]))
+        return tuple(sorted({*(name for name in wanted if name not in DERIVED), "seconds"}))
     names = ["accuracy", "loss", "activation_distance", "activation_distance_squared", "feature_distance_1"]
     names += ["feature_distance_2", "mia_svm", "mia_logistic", "mia_auc", "seconds", "peak_mib"]
     if kind == "language":

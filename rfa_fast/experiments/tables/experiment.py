@@ -28,6 +28,7 @@ from rfa_fast.experiments.tables.presence import all_missing
 from rfa_fast.experiments.tables.results import BlockResult, block_result, gap_summaries
 from rfa_fast.experiments.tables.runner import Found, Place, Workshop, compute
 from rfa_fast.experiments.tables.scenarios import block_scenario, summary_scenario
+from rfa_fast.methods import method_settings
 from rfa_fast.report import RunReport, write_atomically
 
 PLAN_FILE, SPLITS = "plan.json", "splits"
@@ -190,21 +191,11 @@ def _check(units: Sequence[Unit], shop: Workshop) -> None:
     Raises:
         ValueError, TypeError: a class or keyword that is not there, an empty subset, a wrong option.
     """
-    from rfa_fast.methods import METHODS
-
     for unit in units:
-        for scenario, rows in unit.scenarios.items():
+        for scenario in unit.scenarios:
             run = shop.scenario(unit, scenario)
-            for key, method in shop.methods(unit, scenario, run).items():
-                name = rows[key].spec.method
-                if name not in METHODS:
-                    raise ValueError(f"methods: got {name!r}, expected one of {', '.join(METHODS)}")
-                own = {k: v for k, v in method.options.items() if k not in _OF_THE_LOOP}
-                METHODS[name].settings(own)
-
-
-_OF_THE_LOOP = ("method", "epochs", "batch_size", "lr", "weight_decay", "seed", "forget_per_batch", "max_steps",
-                "max_grad_norm", "autocast", "device", "merge")  # fmt: skip
+            for method in shop.methods(unit, scenario, run).values():
+                method_settings(method.options)
 
 
 def _abreast(jobs: int) -> int:

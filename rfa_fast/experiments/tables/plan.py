@@ -78,22 +78,55 @@ class Choice:
         """What :func:`rfa_fast.methods.train` and :func:`rfa_fast.unlearn` are both told."""
         return {} if self.autocast is None else {"autocast": self.autocast}
 
-    def options(self, row: RowSpec) -> dict[str, Any]:
-        """What the user set for this row, by its method's name and by its own."""
-        return {**self.overrides.get(row.method, {}), **self.overrides.get(row.name, {})}
+    def planned(self, row: RowSpec, epochs: int = 1) -> PlannedRow:
+        """The row with what the user set for it, by its method's name and by its own."""
+        of_row = (
+            {} if row.method == row.base or row.method == row.name else self.overrides.get(row.base or row.name, {})
+        )
+        return PlannedRow(row, epochs, self.overrides.get(row.method, {}), of_row)
 
 
 @dataclass(frozen=True)
 class PlannedRow:
-    """A row as it is computed: what it is, and how many times the usual epochs it has."""
+    """A row as it is computed.
+
+    Attributes:
+        spec: what it is.
+        epochs: times the usual ones.
+        of_method, of_row: what the user set for its method, and for itself.
+    """
 
     spec: RowSpec
     epochs: int = 1
+    of_method: Mapping[str, Any] = field(default_factory=dict)
+    of_row: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
         """Equal for rows that are one run."""
-        return self.spec.identity + (f" epochs*{self.epochs}" if self.epochs != 1 else "")
+        return self._named(self.of_method, self.of_row)
+
+    @property
+    def name(self) -> str:
+        """The key as it were if the user had set nothing: what its finished figures are kept under."""
+        return self._named({}, {})
+
+    def _named(self, of_method: Mapping[str, Any], of_row: Mapping[str, Any]) -> str:
+        return self.spec.identity(of_method, of_row) + (f" epochs*{self.epochs}" if self.epochs != 1 else "")
+
+    def options(self, pair: Pair, kind: str, forgotten: int, seed: int, *, quick: bool = False) -> dict[str, Any]:
+        """The keyword arguments of :func:`rfa_fast.unlearn`; see :meth:`RowSpec.keywords`.
+
+        Args:
+            forgotten: samples in D_f, each once.
+            quick: no more epochs than the pair has for this.
+        """
+        chosen = {**self.of_method, **self.of_row}
+        found = self.spec.keywords(pair, kind, forgotten * self.spec.repeat, seed, self.epochs, chosen)
+        most = pair.quick[3]
+        if quick and most is not None and found.get("epochs", 1) > most:
+            found["epochs"] = most
+        return found
 
 
 @dataclass(frozen=True)
@@ -162,7 +195,7 @@ def blocks_of(choice: Choice) -> list[Block]:
     for table in (TABLES[name] for name in choice.tables):
         for pair in _pairs_of(table, choice):
             metrics = _metrics(table, pair, choice)
-            rows = tuple(PlannedRow(_repeated(row, choice), table.epochs) for row in table.row_specs(pair, chosen))
+            rows = tuple(choice.planned(_repeated(row, choice), table.epochs) for row in table.row_specs(pair, chosen))
             found += [Block(table, pair, text, rows, metrics) for text in choice.scenarios or _own(table, pair, choice)]
     if not found:
         raise ValueError(

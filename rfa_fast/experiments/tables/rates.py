@@ -45,9 +45,9 @@ class Rates:
     def __init__(self, cache: Path, pair: str, threads: int | None = None, autocast: str | None = None) -> None:
         self.path = cache / "rows" / pair.replace("/", "-") / "rates.json"
         count = torch.get_num_threads() if threads is None else threads
-        self._all = self._read()
-        self._values = self._all.setdefault(f"{count}" if autocast is None else f"{count} {autocast}", {})
-        self._changed = False
+        self._name = f"{count}" if autocast is None else f"{count} {autocast}"
+        self._values = self._read().get(self._name, {})
+        self._changed: set[str] = set()
 
     def get(self, key: str) -> float | None:
         """Seconds per sample and pass; `None` where nothing was noted."""
@@ -59,7 +59,7 @@ class Rates:
             return
         latest, before = seconds / passes, self._values.get(key)
         self._values[key] = latest if before is None else _WEIGHT * latest + (1 - _WEIGHT) * before
-        self._changed = True
+        self._changed.add(key)
 
     def note_training(self, found: Found, trained: Sequence[str]) -> None:
         """Times of Original and Retrain where they were trained just now: a file does not say with how many threads."""
@@ -69,11 +69,12 @@ class Rates:
             if label in found.rows and label in trained:
                 self.note(TRAIN, found.rows[label].seconds, samples * epochs)
 
-    def note_row(self, row: PlannedRow, found: Found, key: str, seconds: float) -> None:
-        """The time of a row that was just computed: its unlearning, and what was left for measuring."""
+    def note_row(self, row: PlannedRow, found: Found, key: str, seconds: float | None) -> None:
+        """The time of a row that was just computed: its unlearning, and what was left of `seconds` for measuring."""
         unlearning = found.rows[key].seconds
         self.note(row.spec.cost_key, unlearning, passes_of(row, found.sizes, found.options[key]))
-        self.note(MEASURE, seconds - unlearning, sum(found.measured.values()))
+        if seconds is not None:
+            self.note(MEASURE, seconds - unlearning, sum(found.measured.values()))
 
     def save(self) -> None:
         """Write what was noted.
@@ -82,8 +83,10 @@ class Rates:
             OSError: the folder cannot be written.
         """
         if self._changed:
-            write_atomically(self.path, json.dumps(self._all, indent=1, sort_keys=True) + "\n")
-            self._changed = False
+            found = self._read()  # another seed's process may have written since
+            found.setdefault(self._name, {}).update({key: self._values[key] for key in self._changed})
+            write_atomically(self.path, json.dumps(found, indent=1, sort_keys=True) + "\n")
+            self._changed.clear()
 
     def _read(self) -> dict[str, dict[str, float]]:
         try:
@@ -94,7 +97,7 @@ class Rates:
 
 
 def passes_of(row: PlannedRow, sizes: dict[str, int], options: dict[str, object]) -> float:
-    """How many samples an unlearning run goes through: D_f once, or D_r once an epoch."""
+    """How many samples an unlearning run goes through: D_f as often as it has epochs, or D_r once an epoch."""
     if row.spec.once:
-        return float(sizes["D_f"] * row.epochs)
+        return float(int(str(options["max_steps"])) * int(str(options["forget_per_batch"])))
     return float(sizes["D_r"] * int(str(options.get("epochs", 1))))

@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 from rfa_fast.experiments.tables.pairs import Pair
+from rfa_fast.methods.batches import IMAGE_BATCH, TEXT_BATCH
 
 _ANY = ("image", "text", "language")
 
@@ -32,6 +33,7 @@ class RowSpec:
         head_only: adapt the pair's head alone, Table V's first placement.
         once: one pass over what is to be forgotten instead of one over what is kept (NegGrad trains on D_f alone).
         repeat: how often each sample of D_f comes (section V-B2 has five).
+        base: the row that this one varies, whose settings by the user are its own; empty: none.
     """
 
     name: str
@@ -43,16 +45,18 @@ class RowSpec:
     head_only: bool = False
     once: bool = False
     repeat: int = 1
+    base: str = ""
 
     def with_option(self, key: str, value: Any, label: str, paper: str = "") -> RowSpec:
         """The same row with one option changed, under another label.
 
         Example:
-            >>> ROWS["rfa-residual"].with_option("gamma", 0.1, "γ = 0.1").identity
+            >>> ROWS["rfa-residual"].with_option("gamma", 0.1, "γ = 0.1").identity()
             'rfa gamma=0.1 mode="residual"'
         """
         name = f"{self.name}-{key}-{value}"
-        return replace(self, name=name, label=label, paper=paper, options={**self.options, key: value})
+        options = {**self.options, key: value}
+        return replace(self, name=name, label=label, paper=paper, options=options, base=self.base or self.name)
 
     @property
     def cost_key(self) -> str:
@@ -60,10 +64,24 @@ class RowSpec:
         words = [str(self.options[key]) for key in ("mode", "adapter", "targets") if key in self.options]
         return " ".join([self.method, *words, *(["head"] if self.head_only else [])])
 
-    @property
-    def identity(self) -> str:
-        """What the row is, whatever it is called: equal for rows that differ in their label alone."""
-        shown = {key: value for key, value in self.options.items() if (key, value) not in _DEFAULTS}
+    def identity(
+        self, of_method: Mapping[str, Any] = MappingProxyType({}), of_row: Mapping[str, Any] = MappingProxyType({})
+    ) -> str:
+        """What the row is, whatever it is called: equal for rows that differ in their label alone.
+
+        Args:
+            of_method: the user's settings for all rows of the method; what `unlearn` does unasked goes without saying
+                only where they leave it so.
+            of_row: those for this row alone, which tell it from others.
+
+        Example:
+            >>> rank = ROWS["rfa-residual"].with_option("rank", 8, "rank 8")
+            >>> rank.identity(), rank.identity({"rank": 4}), ROWS["rfa-residual"].identity({}, {"lr": 0.1})
+            ('rfa mode="residual"', 'rfa mode="residual" rank=8', 'rfa lr=0.1 mode="residual"')
+        """
+        asked = {**of_method, **of_row}
+        shown = {k: v for k, v in self.options.items() if k in asked or (k, v) not in _DEFAULTS}
+        shown |= {key: value for key, value in of_row.items() if key not in self.options}
         words = [f"{key}={json.dumps(value)}" for key, value in sorted(shown.items())]
         if self.head_only:
             words.append("head")
@@ -96,7 +114,7 @@ class RowSpec:
         if self.head_only:
             found["targets"] = [pair.head]
         if self.once:
-            size = found.get("batch_size") or (128 if pair.kind == "image" else 32)
+            size = found.get("batch_size") or (IMAGE_BATCH if pair.kind == "image" else TEXT_BATCH)
             each = min(max(1, size - 1), forgotten)
             steps = -(-forgotten // each) * found.pop("epochs", 1)
             found = {**found, "forget_per_batch": each, "max_steps": found.get("max_steps", steps)}

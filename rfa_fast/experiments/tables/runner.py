@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
@@ -131,15 +132,11 @@ class Workshop:
         pair, kind = PAIRS[unit.pair], scenario.partition(":")[0]
         forgotten = len(run.subsets["D_f"])
         found: dict[str, Method] = {}
+        names = Counter(row.name for row in unit.scenarios[scenario].values())
         for key, row in unit.scenarios[scenario].items():
-            options = row.spec.keywords(
-                pair, kind, forgotten * row.spec.repeat, unit.seed, row.epochs, self.choice.options(row.spec)
-            )
-            options |= self.choice.numerics
-            most = pair.quick[3]
-            if self.choice.quick and most is not None and options.get("epochs", 1) > most:
-                options["epochs"] = most
-            found[key] = Method(f"seed {unit.seed} {key}", options, row.spec.repeat)
+            options = row.options(pair, kind, forgotten, unit.seed, quick=self.choice.quick) | self.choice.numerics
+            label = row.name if names[row.name] == 1 else key
+            found[key] = Method(f"seed {unit.seed} {label}", options, row.spec.repeat)
         return found
 
     def compute(self, unit: Unit) -> dict[str, Found]:
@@ -171,7 +168,10 @@ class Workshop:
                 self.say(f"{key}, seed {unit.seed}: no figures, {error}")
                 continue
             if pending:
-                rates.note_row(unit.scenarios[scenario][key], found, key, time.perf_counter() - begun)
+                # With named metrics or with what lasts, measuring is not what the next forecast asks for.
+                usual = self.choice.metrics is None and not unit.lasting
+                seconds = time.perf_counter() - begun if usual else None
+                rates.note_row(unit.scenarios[scenario][key], found, key, seconds)
         rates.save()
         return found
 
