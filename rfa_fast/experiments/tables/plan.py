@@ -80,9 +80,8 @@ class Choice:
 
     def planned(self, row: RowSpec, epochs: int = 1) -> PlannedRow:
         """The row with what the user set for it, by its method's name and by its own."""
-        of_row = (
-            {} if row.method == row.base or row.method == row.name else self.overrides.get(row.base or row.name, {})
-        )
+        name = row.base or row.name
+        of_row = {} if name == row.method else self.overrides.get(name, {})
         return PlannedRow(row, epochs, self.overrides.get(row.method, {}), of_row)
 
 
