@@ -1,7 +1,7 @@
 """Which implementation an operator runs on: the one place where that is decided.
 
 * `"reference"`: every tensor the equations name, built in full (:mod:`rfa_fast.objective`);
-* `"torch"`: the same numbers without building Δ, in plain torch, on any device;
+* `"torch"`: the same numbers in plain torch, on any device, with little kept for the backward;
 * `"triton"`: fused kernels, registered with torch.library under `torch.ops.rfa_fast`.
 
 The registered operators are imported when the first of them is chosen: the package imports, and works,

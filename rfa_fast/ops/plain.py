@@ -1,8 +1,9 @@
 """The two backends in plain torch, on any device.
 
 `"reference"` builds every tensor the equations name (:mod:`rfa_fast.objective`).
-`"torch"` never builds Δ for the retain term: with `h = x Aᵀ`, `‖Δ_i‖² = s² h_i (BᵀB) h_iᵀ`, and it
-takes the target before the product, because the frozen branch is linear: `x̃ = W·mean(x_r) + b`.
+`"torch"` needs no Δ for the retain term: with `h = x Aᵀ`, `‖Δ_i‖² = s² h_i (BᵀB) h_iᵀ`; and here it takes the target
+before the product, because the frozen branch is linear: `x̃ = W·mean(x_r) + b`. Of its layers only what is compiled or
+empty comes here; the derivatives by hand are in :mod:`rfa_fast.ops.linear_torch` and :mod:`rfa_fast.ops.conv2d_torch`.
 """
 
 from __future__ import annotations

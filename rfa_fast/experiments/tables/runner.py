@@ -69,7 +69,7 @@ class Found:
 
 
 class Workshop:
-    """The experiments of a process: data are read once per pair, whatever the seed.
+    """The experiments of a process: data are held once per pair, whatever the seed.
 
     Args:
         choice: what was asked for.
