@@ -238,7 +238,7 @@ def test_validation_never_touches_the_test_set() -> None:
 
 
 def test_comparing_writes_report_page_and_table(tmp_path: Path) -> None:
-    settings = {"class": {m: {"targets": ["fc"], "rank": 2, "lr": 0.05, "epochs": 6} for m in ("residual", "teacher")}}
+    settings = {"class": {"targets": ["fc"], "rank": 2, "lr": 0.05, "epochs": 6}}
     request = Request(output=tmp_path / "out", cache=tmp_path / "cache", say=silent, progress=False, validation=True)
     report = compare(tiny(), settings, request, title="Tiny", scenarios=["class:a", "class:c"])
     assert RunReport.from_json(tmp_path / "out" / "report.json") == report

@@ -10,6 +10,7 @@ s the scale, w the weight of a sample, and ᵀ for the transposed convolution::
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -91,9 +92,7 @@ def retain_energy(hidden: Tensor, lora_b: Tensor, group: Tensor, groups: int, sc
     h = hidden.reshape(group.shape[0], -1, groups, rank)
     h = torch.where((group == RETAIN)[:, None, None, None], h, 0).to(wide)
     up = lora_b.to(wide).reshape(groups, -1, rank)
-    with torch.autocast(h.device.type, enabled=False):
-        gram = torch.einsum("bpgr,grs->bpgs", h, up.mT @ up)
-    return scale**2 * (gram * h).sum((1, 2, 3)).clamp(min=0)
+    return scale**2 * (torch.einsum("bpgr,grs->bpgs", h, up.mT @ up) * h).sum((1, 2, 3)).clamp(min=0)
 
 
 def aimed_codes(group: Tensor, target_given: bool) -> Tensor:
@@ -318,7 +317,10 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Any:
-        result = forward(*arguments)
+        kind = arguments[0].device.type
+        # What autocast narrows is narrow already; the sums stay wide.
+        with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
+            result = forward(*arguments)
         group, target, kept = arguments[9:12]
         remember(ctx, arguments, result, _compared(result.output, group, target is not None, kept))
         return tuple(result)

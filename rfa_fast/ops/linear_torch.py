@@ -83,9 +83,7 @@ def retain_energy(hidden: Tensor, lora_b: Tensor, group: Tensor, scale: float) -
     wide = accumulation_dtype(hidden.dtype)
     h = torch.where((group == RETAIN)[:, None], hidden, 0).to(wide)
     up = lora_b.to(wide)
-    with torch.autocast(h.device.type, enabled=False):
-        lifted = h @ (up.mT @ up)
-    return scale**2 * (lifted * h).sum(1).clamp(min=0)
+    return scale**2 * ((h @ (up.mT @ up)) * h).sum(1).clamp(min=0)
 
 
 def usable(group: Tensor, fallback_known: Tensor | None) -> Tensor:
