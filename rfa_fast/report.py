@@ -13,7 +13,6 @@ import math
 import os
 import platform
 import re
-import secrets
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from datetime import datetime, timezone
@@ -21,6 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from rfa_fast.files import write_atomically
 from rfa_fast.report_chart import Chart
 from rfa_fast.report_data import Example, MethodRow, Metric, Scenario, standard_metric
 from rfa_fast.report_values import as_list, as_mapping, as_text
@@ -200,41 +200,6 @@ class RunReport:
         from rfa_fast.report_page import render
 
         return write_atomically(path, render(self))
-
-
-def write_atomically(path: str | os.PathLike[str], text: str) -> Path:
-    """Write `text` to `path` in UTF-8 so that a reader, a crash or a full disk never sees half a file.
-
-    Raises:
-        IsADirectoryError: `path` is a folder.
-        OSError: the file cannot be written; the previous file, if any, is untouched.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     write_atomically(Path(folder) / "a.txt", "hello").read_text()
-        'hello'
-    """
-    path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(f"{path}: got a folder, expected a file to write, such as {path / 'report'}")
-    target = Path(os.path.realpath(path))  # through a link, so that the link stays one
-    part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with part.open("x", encoding="utf-8", newline="\n") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, target)
-        finally:
-            part.unlink(missing_ok=True)
-    except OSError as error:
-        kept = "the file that was there is untouched" if path.exists() else "nothing was written"
-        message = f"cannot write ({error.strerror or error}); {kept}; free space there or choose another folder"
-        raise OSError(error.errno, message, str(path)) from error
-    return path
 
 
 def _replace_not_finite(node: Any, pointer: str) -> Iterator[tuple[str, str]]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -21,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from rfa_fast.data.draws import integer, permutation
+from rfa_fast.files import write_atomically
 
 Scenario = Literal["class", "sample", "keyword"]
 Item = TypeVar("Item")
@@ -149,13 +149,7 @@ class Split:
             if path.read_bytes() == content.encode():
                 return
             raise FileExistsError(f"{path} holds another split; choose another file or say overwrite=True")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")  # other processes may save it as well
-        try:
-            partial.write_text(content, encoding="utf-8")
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_atomically(path, content)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Split:

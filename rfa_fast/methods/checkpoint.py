@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rfa_fast.files import write_atomically
 from rfa_fast.methods.base import StepRecord
 from rfa_fast.methods.record import RECORD_FILE, hash_file, read_record, write_json
 
@@ -203,9 +204,7 @@ class RunFolder:
             warnings.warn(f"{file}: holds {len(kept)} of the {step} steps done; the others are lost", stacklevel=2)
         if kept or lines:
             text = "".join(json.dumps(record, allow_nan=False) + "\n" for record in kept)
-            temporary = file.with_name(file.name + ".partial")
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, file)
+            write_atomically(file, text)
         return kept
 
     def read_record(self) -> dict[str, Any] | None:

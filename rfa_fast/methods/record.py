@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rfa_fast.files import write_atomically
+
 SCHEMA = "rfa-fast/deletion-record"
 SCHEMA_VERSION = 1
 RECORD_FILE = "deletion_record.json"
@@ -193,24 +195,7 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
     Raises:
         OSError: the file cannot be written (no space, no permission); what was there is untouched.
     """
-    write_atomically(path, (json.dumps(values, indent=2, allow_nan=False) + "\n").encode())
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write `content` beside `path`, force it to disk, then put it in the place of `path`.
-
-    Raises:
-        OSError: as :func:`write_json`.
-    """
-    temporary = path.with_name(path.name + ".partial")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, json.dumps(values, indent=2, allow_nan=False) + "\n")
 
 
 def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -49,6 +49,12 @@ Evaluate = Callable[[nn.Module], Mapping[str, float]]
 Until = Callable[[Mapping[str, float]], bool]
 
 
+def _kind(method: str) -> type[Method]:
+    if method not in METHODS:
+        raise ValueError(f"method: got {method!r}, expected one of {', '.join(map(repr, METHODS))}")
+    return METHODS[method]
+
+
 def method_settings(options: Mapping[str, Any]) -> dict[str, Any]:
     """A method's own settings among the keyword arguments of a call of :func:`unlearn`, its defaults filled in.
 
@@ -70,9 +76,7 @@ def method_settings(options: Mapping[str, Any]) -> dict[str, Any]:
     checks.positive_integers(**{name: given[name] for name in ("epochs", "batch_size", "max_steps")})
     checks.numbers(**{name: given[name] for name in ("lr", "weight_decay", "max_grad_norm", "seed")})
     checks.autocast_dtype(given["autocast"])
-    if given["method"] not in METHODS:
-        raise ValueError(f"method: got {given['method']!r}, expected one of {', '.join(map(repr, METHODS))}")
-    kind = METHODS[given["method"]]
+    kind = _kind(given["method"])
     found = kind.settings({name: value for name, value in options.items() if name not in loop})
     return found if kind.revision == 0 else {**found, "revision": kind.revision}
 
@@ -181,9 +185,7 @@ def unlearn(
         raise ValueError("resume: got True without output_dir, expected output_dir=… of the run to go on with")
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
-    if method not in METHODS:
-        raise ValueError(f"method: got {method!r}, expected one of {', '.join(map(repr, METHODS))}")
-    kind = METHODS[method]
+    kind = _kind(method)
     place = checks.device_of(model, device)
     with isolated_generators(place):
         method_settings = kind.settings(options)

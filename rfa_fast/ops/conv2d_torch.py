@@ -263,9 +263,11 @@ def backward(
     where = geometry(x, weight, stride, padding, dilation, groups)
     w = sample_weights(group, retain_grad, forget_grad, target_given, retain_norms, forget_norms, l2)
     changed = grad
-    for aim, each, code in ((goal, w.forget, FORGET), (kept, w.retain, RETAIN)):
-        if aim is not None and each is not None and group is not None:
-            changed = _added(changed, each, aimed_codes(group, target_given) == code, output, aim)
+    if group is not None:
+        codes = aimed_codes(group, target_given)
+        for aim, each, code in ((goal, w.forget, FORGET), (kept, w.retain, RETAIN)):
+            if aim is not None and each is not None:
+                changed = _added(changed, each, codes == code, output, aim)
     changed = changed.to(x.dtype)
     up, grad_b = _lifted(changed, hidden, lora_b, groups, scale)
     retain = None if kept is not None else w.retain

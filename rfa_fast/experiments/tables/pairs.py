@@ -21,6 +21,7 @@ from rfa_fast.experiments import bbc_news, demo, fashion_mnist, fashion_mnist_vi
 from rfa_fast.experiments.common import Experiment
 from rfa_fast.experiments.comparison import Request
 from rfa_fast.experiments.tables import paper_pairs
+from rfa_fast.experiments.tables.paper_pairs import PAPER_RECIPES
 
 Kind = Literal["image", "text", "language"]
 Options = Mapping[str, Any]
@@ -192,17 +193,6 @@ PAIRS: Mapping[str, Pair] = MappingProxyType({pair.name: pair for pair in _ALL})
 """`"data/model"` -> pair, those that install without a hub first."""
 
 _SAME = "the paper's recipe"
-
-PAPER_RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
-    {
-        "resnet18": {"epochs": 20, "batch_size": 128, "lr": 5e-5, "warmup_steps": 500},
-        "vit": {"epochs": 10, "batch_size": 128, "lr": 5e-5, "warmup_steps": 250},
-        # V-A6 names batch size and rate of the text models; the ten epochs are those of V-B2's retrained DistilGPT2.
-        "text": {"epochs": 10, "batch_size": 32, "lr": 5e-5, "warmup_steps": 0},
-        "language": {"epochs": 10, "batch_size": 32, "lr": 5e-5, "warmup_steps": 0},
-    }
-)
-"""Section V-A6, from pretrained weights."""
 
 
 def find_pairs(data: str | None, model: str | None) -> list[Pair]:
