@@ -143,7 +143,9 @@ def measure_table12(options: Options, folder: Path, say: Say, child: Child = in_
         floor = contenders["floor"]
         if isinstance(floor, FloorContender):
             share = whole.forget / whole.samples
-            contenders["retain-term"] = RetainTerm(floor.floor, whole.setting, share, DTYPES[dtype])
+            for compiled in (True, False):
+                term = RetainTerm(floor.floor, whole.setting, share, DTYPES[dtype], compiled=compiled)
+                contenders[term.name] = term
         times = interleaved(
             contenders, whole.batch, warmup=options.warmup, rounds=options.rounds,
             advance=lambda each, name=name: say(f"table12: {name}, timing {each}"),
@@ -247,7 +249,7 @@ def steps_of(part: str, options: Options) -> int:
         apart = len(step_slice.APART) if "finetune" in wanted else 0
         return 2 + each * (len(set(wanted) | {"floor", "ours"}) - ("finetune" in wanted) + apart) + len(wanted)
     if part == "table12":
-        return (1 if options.tiny else len(options.models) or 4) * (2 + 6 * each)
+        return (1 if options.tiny else len(options.models) or 4) * (2 + 7 * each)
     if part in ("full3b", "profile"):
         return 5 + len(real_steps(options)) if part == "full3b" else 2
     return 2 if options.tiny else len(TOKENS) + len(RANKS) + len(LAYERS)

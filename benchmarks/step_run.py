@@ -137,11 +137,15 @@ class RetainTerm(Contender):
     """The retain loss alone, forward and backward, of every adapted layer at its real size.
 
     With h `(M, R)` and B `(N, R)` per layer, as :mod:`rfa_fast.ops.linear_torch` computes it: the energy
-    `h (BᵀB) · h` of the retain rows, `h BᵀB` for the gradient of h, `B (Hᵀ H)` for that of B.
+    `h (BᵀB) · h` of the retain rows, `h BᵀB` for the gradient of h, `B (Hᵀ H)` for that of B. Compiled, as in
+    the step that it is set against; `compiled=False` calls each operation by itself.
     """
 
-    def __init__(self, floor: Floor, setting: Setting, forget_share: float, dtype: torch.dtype) -> None:
-        super().__init__("retain-term", None, {}, setting)
+    def __init__(
+        self, floor: Floor, setting: Setting, forget_share: float, dtype: torch.dtype, *, compiled: bool = True
+    ) -> None:
+        super().__init__("retain-term" if compiled else "retain-term-eager", None, {}, setting)
+        self._term = torch.compile(_retain_term, dynamic=False) if compiled else _retain_term
         self._layers: list[tuple[Tensor, Tensor, Tensor]] = []
         for shape in floor.features.values():
             spatial = len(shape) == 4
@@ -152,15 +156,18 @@ class RetainTerm(Contender):
 
     @torch.no_grad()
     def _step(self, batch: StepBatch) -> Tensor:
-        total = torch.zeros(())
-        for hidden, up, kept in self._layers:
-            wide = torch.where(kept[:, None], hidden, 0).float()
-            gram = up.mT @ up
-            pulled = wide @ gram
-            total += (pulled * wide).sum()
-            pulled.to(hidden.dtype)
-            up @ (wide.mT @ wide)
-        return total
+        return self._term(self._layers)[0]
+
+
+def _retain_term(layers: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """The energy of all layers, and the gradients of h and B of each."""
+    total, gradients = torch.zeros(()), []
+    for hidden, up, kept in layers:
+        wide = torch.where(kept[:, None], hidden, 0).float()
+        pulled = wide @ (up.mT @ up)
+        total = total + (pulled * wide).sum()
+        gradients.append((pulled.to(hidden.dtype), up @ (wide.mT @ wide)))
+    return total, gradients
 
 
 def _cpu() -> str:

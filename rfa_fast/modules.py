@@ -81,7 +81,7 @@ class RFALayer(nn.Module):
         return self._operate(x, None, None, None, per_sample=False).output
 
     def _aligned(self, x: Tensor, context: GroupContext) -> Tensor:
-        batch, config, name = context.batch, context.config, self.rfa_name
+        batch, name = context.batch, self.rfa_name
         if batch is None:
             raise ValueError(f"layer {name!r}: no batch is under way")
         leading = x.shape[:1] if self._is_convolution() else x.shape[:-1]
@@ -91,7 +91,7 @@ class RFALayer(nn.Module):
             codes = flat_rows(size, x.shape[0], codes)
         batch_first = self._batch_first(x, layout.view, size)
         per_sample = not batch.token_units or self._is_convolution()
-        frozen_feature = context.teacher.get(name) if config.mode == "teacher" else None
+        frozen_feature = self._teacher_feature(context)
         if frozen_feature is not None:
             frozen_feature = self._batch_first(frozen_feature, layout.view, size)
         inside = batch.token_units and frozen_feature is None
@@ -112,6 +112,14 @@ class RFALayer(nn.Module):
             per_sample=per_sample,
         )  # fmt: skip
         return self._restored(out.output, layout.view, x)
+
+    def _teacher_feature(self, context: GroupContext) -> Tensor | None:
+        """x'_t of teacher mode; it is let go unless a checkpointed block will ask for it again."""
+        if context.config.mode != "teacher":
+            return None
+        if torch.compiler.is_compiling() or context.checkpointed or context.silent:
+            return context.teacher.get(self.rfa_name)
+        return context.teacher.pop(self.rfa_name, None)
 
     def report(
         self, retain: Tensor, forget: Tensor, codes: Tensor, aimed: Tensor, shape: Sequence[int], *, by_token: bool,

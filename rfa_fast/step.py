@@ -20,6 +20,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from rfa_fast.compiler import compiler_settings
 from rfa_fast.groups import Batch, WholeBatch
 from rfa_fast.head import labelled_rows, output_layer, standing_aside
 from rfa_fast.loss import Evaluation, Inputs, eval_behaviour, evaluate, prepare, remembered
@@ -214,10 +215,11 @@ class Step:
                     stack.enter_context(_aside(context))
                 self._open(inputs, labels, batch, output)
                 context.note_retain(batch)
-                stack.enter_context(_compiler_settings())
+                stack.enter_context(compiler_settings())
                 found = self._compiled(inputs, labels, batch, memory, prediction, output)
         total = found.losses.total if self.scaler is None else self.scaler.scale(found.losses.total)
-        total.backward()  # type: ignore[no-untyped-call]
+        with nullcontext() if self._compiled is None else compiler_settings():
+            total.backward()  # type: ignore[no-untyped-call]
         return found
 
     def _evaluate(
@@ -364,23 +366,3 @@ def _aside(context: Any) -> Iterator[None]:
         yield
     finally:
         context.head_is_aside = False
-
-
-@contextmanager
-def _compiler_settings() -> Iterator[None]:
-    """How the step is compiled.
-
-    What a layer in a checkpointed block reports is reported by its first run only. And what is elementwise, an
-    activation function say, is computed again for a product in the backward rather than kept for it.
-    """
-    from torch._dynamo import config as dynamo
-    from torch._functorch import config as functorch
-
-    settings = (dynamo, "skip_fwd_side_effects_in_bwd_under_checkpoint", True), (
-        functorch, "ban_recompute_materialized_backward", False,
-    )  # fmt: skip
-    with ExitStack() as stack:
-        for config, name, value in settings:
-            if hasattr(config, name):
-                stack.enter_context(config.patch(name, value))
-        yield

@@ -9,6 +9,7 @@ sums in fp32 (fp64 for fp64). The derivative, with h = x Aᵀ, s the scale, w th
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -69,6 +70,46 @@ def add_product(base: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return base
 
 
+@torch.library.custom_op("rfa_fast::retain_rows", mutates_args=())
+def _retain_rows(values: Tensor, group: Tensor) -> Tensor:
+    first = torch.empty_like(values, memory_format=torch.contiguous_format)
+    rows = (group == RETAIN).nonzero().squeeze(1)
+    torch.index_select(values, 0, rows, out=first[: rows.shape[0]])
+    return first
+
+
+@_retain_rows.register_fake
+def _(values: Tensor, group: Tensor) -> Tensor:
+    return torch.empty_like(values, memory_format=torch.contiguous_format)
+
+
+def retain_rows(values: Tensor, group: Tensor) -> Tensor:
+    """The retain rows of `values` `(M, N)`, in their order: what is kept of a teacher's feature for the backward.
+
+    In a compiled graph, where no shape may depend on a value, they come first in a tensor of M rows, and the rows
+    behind them are not written: no page of a large tensor is there before it is written to. They must not be read.
+
+    Example:
+        >>> retain_rows(torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([0, 1, 0], dtype=torch.int8))
+        tensor([[1.],
+                [3.]])
+    """
+    if torch.compiler.is_compiling():
+        rows: Tensor = _retain_rows(values, group)
+        return rows
+    return values[group == RETAIN]
+
+
+def places(group: Tensor) -> Tensor:
+    """Where each retain row is in :func:`retain_rows`, `(M,)` int64; of any other row, some row that is there.
+
+    Example:
+        >>> places(torch.tensor([1, 0, -1, 0], dtype=torch.int8))
+        tensor([0, 0, 0, 1])
+    """
+    return ((group == RETAIN).cumsum(0) - 1).clamp(min=0)
+
+
 def losses(retain: Tensor, forget: Tensor, l2: bool, unit_rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Norms and sums from squared errors per row `(M,)`; without l2 a sum may come as any shape."""
     none = retain.new_empty(0)
@@ -96,9 +137,9 @@ def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, group: Tensor | None,
     target: Tensor | None, target_div: int, target_mod: int, kept: Tensor | None, kept_div: int, kept_mod: int,
     fallback: Tensor | None, fallback_known: Tensor | None, scale: float, l2: bool, unit_rows: int,
-    emit_residual: bool,
+    emit_residual: bool, *, picked: bool = False,
 ) -> Linear:  # fmt: skip
-    """`rfa_fast::linear_forward` in torch."""
+    """`rfa_fast::linear_forward` in torch; `picked` says that `kept` is of :func:`retain_rows`."""
     hidden = F.linear(x, lora_a.to(x.dtype))
     frozen = F.linear(x, weight, bias)
     delta = scale * F.linear(hidden, lora_b.to(x.dtype)) if emit_residual else None
@@ -119,16 +160,25 @@ def forward(
     if kept is None:
         retain = retain_energy(hidden, lora_b, group, scale)
     else:
-        retain = squared_errors(output, kept, kept_div, kept_mod, group == RETAIN)
+        place = places(group) if picked else None
+        retain = squared_errors(output, kept, kept_div, kept_mod, group == RETAIN, place)
     return Linear(output, residual, hidden, mean, *losses(retain, forget, l2, unit_rows))
 
 
-def squared_errors(output: Tensor, values: Tensor, div: int, mod: int, selected: Tensor) -> Tensor:
-    """‖y − values‖² of the selected rows, `(M,)`, 0 on the others; arguments as :func:`off_rows`."""
+def squared_errors(
+    output: Tensor, values: Tensor, div: int, mod: int, selected: Tensor, place: Tensor | None = None
+) -> Tensor:
+    """‖y − values‖² of the selected rows, `(M,)`, 0 on the others.
+
+    Args:
+        div, mod: as of :func:`off_rows`.
+        place: `(M,)`, the row of `values` that row m is compared with, where `div` and `mod` do not say it.
+    """
     if not picks(output):
-        return torch.where(selected[:, None], off_rows(output, values, div, mod), 0).square().sum(1)
+        against = values if place is None else values[place]
+        return torch.where(selected[:, None], off_rows(output, against, div, mod), 0).square().sum(1)
     rows = selected.nonzero().squeeze(1)
-    off = output[rows].to(accumulation_dtype(output.dtype)) - values[(rows // div) % mod]
+    off = output[rows].to(accumulation_dtype(output.dtype)) - values[_value_of(rows, div, mod, place)]
     return off.new_zeros(output.shape[0]).index_put_((rows,), off.square_().sum(1))
 
 
@@ -138,6 +188,10 @@ def off_rows(output: Tensor, values: Tensor, div: int, mod: int) -> Tensor:
     wide = accumulation_dtype(output.dtype)
     blocks = output.to(wide).reshape(-1, mod, div, features)
     return (blocks - values.to(wide).reshape(mod, 1, features)).reshape(-1, features)
+
+
+def _value_of(rows: Tensor, div: int, mod: int, place: Tensor | None) -> Tensor:
+    return (rows // div) % mod if place is None else place[rows]
 
 
 class Weights(NamedTuple):
@@ -181,14 +235,17 @@ def thin_terms(
     return up.contiguous(), grad_b
 
 
-def _added(grad: Tensor, each: Tensor, output: Tensor, values: Tensor, div: int, mod: int) -> Tensor:
-    """G + w (y − values) on the rows whose weight w is not 0."""
+def _added(
+    grad: Tensor, each: Tensor, output: Tensor, values: Tensor, div: int, mod: int, place: Tensor | None = None
+) -> Tensor:
+    """G + w (y − values) on the rows whose weight w is not 0; row m's value is at `place[m]`, where that is given."""
     wide = accumulation_dtype(output.dtype)
     if not picks(output):
-        off = torch.where((each != 0)[:, None], off_rows(output, values, div, mod), 0)
+        against = values if place is None else values[place]
+        off = torch.where((each != 0)[:, None], off_rows(output, against, div, mod), 0)
         return grad.to(wide) + each[:, None] * off
     rows = each.nonzero().squeeze(1)
-    off = output[rows].to(wide) - values[(rows // div) % mod]
+    off = output[rows].to(wide) - values[_value_of(rows, div, mod, place)]
     moved = off.mul_(each[rows, None]).add_(grad[rows])
     return grad.index_put((rows,), moved.to(grad.dtype))
 
@@ -198,16 +255,18 @@ def backward(
     weight: Tensor, lora_a: Tensor, lora_b: Tensor, group: Tensor | None, goal: Tensor | None, goal_div: int,
     goal_mod: int, target_given: bool, known: Tensor | None, kept: Tensor | None, kept_div: int, kept_mod: int,
     hidden: Tensor, output: Tensor, retain_norms: Tensor, forget_norms: Tensor, scale: float, l2: bool,
-    unit_rows: int, needs_x: bool,
+    unit_rows: int, needs_x: bool, *, picked: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """`rfa_fast::linear_backward` in torch."""
+    """`rfa_fast::linear_backward` in torch; `picked` says that `kept` is of :func:`retain_rows`."""
     w = group_weights(
         group, retain_grad, forget_grad, known, target_given, retain_norms, forget_norms, l2, unit_rows
     )  # fmt: skip
     changed, wide = grad, accumulation_dtype(x.dtype)
-    for rows, each, div, mod in ((goal, w.forget, goal_div, goal_mod), (kept, w.retain, kept_div, kept_mod)):
-        if rows is not None and each is not None:
-            changed = _added(changed, each, output, rows, div, mod)
+    if goal is not None and w.forget is not None:
+        changed = _added(changed, w.forget, output, goal, goal_div, goal_mod)
+    if kept is not None and w.retain is not None and group is not None:
+        place = places(group) if picked else None
+        changed = _added(changed, w.retain, output, kept, kept_div, kept_mod, place)
     changed = changed.to(x.dtype)
     up = scale * (changed @ lora_b.to(x.dtype)).to(wide)
     grad_b = scale * (changed.mT @ hidden).to(wide)
@@ -253,17 +312,29 @@ def derivative(
 
 
 class _Layer(torch.autograd.Function):
-    """The two above, on any device."""
+    """The two above, on any device; on a CPU nothing is kept of a teacher's feature but the retain rows.
+
+    They are picked before anything is compared with them: in a compiled graph, whose order is not ours, the rest could
+    otherwise stay until the end of the forward.
+    """
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Any:
-        result = forward(*arguments)
+        group, kept = arguments[5], arguments[9]
+        ctx.picked = kept is not None and group is not None and _row_by_row(kept, group)
+        if ctx.picked:
+            arguments = (*arguments[:9], retain_rows(kept, group), *arguments[10:])
+        result = forward(*arguments, picked=ctx.picked)
         remember(ctx, arguments, result)
         return tuple(result)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        return derivative(backward, ctx, *grads)
+        return derivative(partial(backward, picked=ctx.picked), ctx, *grads)
+
+
+def _row_by_row(kept: Tensor, group: Tensor) -> bool:
+    return kept.device.type == "cpu" and kept.shape[0] == group.shape[0]
 
 
 def run(
