@@ -1,10 +1,14 @@
-"""Files that are whole or not there: the one way a text or some bytes reach the disk."""
+"""Files that are whole or not there, and made by one process at a time."""
 
 from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 
 def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> Path:
@@ -40,3 +44,40 @@ def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> Path
         message = f"cannot write ({error.strerror or error}); {kept}; free space there or choose another folder"
         raise OSError(error.errno, message, str(path)) from error
     return path
+
+
+@contextmanager
+def one_at_a_time(path: str | os.PathLike[str], say: Callable[[str], object] = print) -> Iterator[bool]:
+    """Context in which no other process makes the same file; a second one waits, and finds it made.
+
+    What locks is an empty file beside it, whose name begins with a dot; a process that is killed lets go of it.
+
+    Args:
+        path: the file that is about to be made.
+        say: is told that somebody else is at it.
+
+    Yields:
+        Whether this process had to wait, so that the file may be there now.
+
+    Raises:
+        OSError: the folder cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder, one_at_a_time(Path(folder) / "row.json"):
+        ...     write_atomically(Path(folder) / "row.json", "{}").name
+        'row.json'
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path.with_name(f".{path.name}.lock"), thread_local=False)
+    waited = False
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        say(f"{path.name}: another process is making it; waiting for that")
+        waited = bool(lock.acquire())
+    try:
+        yield waited
+    finally:
+        lock.release()

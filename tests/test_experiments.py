@@ -16,7 +16,8 @@ from torch.utils.data import Subset
 from rfa_fast.data import ImageDataset, TokenDataset, split_by_class, split_by_sample
 from rfa_fast.experiments import demo, fashion_mnist
 from rfa_fast.experiments.cache import ModelCache, labels_of
-from rfa_fast.experiments.common import Experiment, Method, ScenarioRun
+from rfa_fast.experiments.cells import CellStore
+from rfa_fast.experiments.common import Experiment, Method, Row, ScenarioRun
 from rfa_fast.experiments.comparison import Request, compare, methods, scenario_split
 from rfa_fast.experiments.models import DigitsNet, digits_net, resnet18, seeded
 from rfa_fast.report import RunReport
@@ -181,6 +182,50 @@ def test_a_scenario_holds_rows_plots_and_settings() -> None:
     assert len(scenario.confidence["forget before"]) == 20
     with pytest.raises(ValueError, match="'RFA l2'"):
         run.scenario("forget b", ways, shown="RFA l2")
+
+
+def test_a_row_whose_run_cannot_go_on_is_begun_anew(tmp_path: Path) -> None:
+    heard = Heard()
+    method = Method("RFA", {"targets": ["fc"], "rank": 1, "lr": 1e-3, "seed": 0})
+    run = scenario_run(tiny(), "class:b", output=tmp_path, say=heard)
+    first = run.unlearned(method)
+    (row,) = tmp_path.rglob("*class-b-rfa*.json")
+    row.unlink()
+    (folder,) = (tmp_path / "runs").iterdir()
+    (state,) = folder.glob("state-*.safetensors")
+    state.write_bytes(state.read_bytes()[:-1])
+    again = scenario_run(tiny(), "class:b", output=tmp_path, say=heard).unlearned(method)
+    assert again.figures == first.figures
+    assert any("begun anew" in text and "SHA-256" in text for text in heard)
+
+
+def test_two_commands_at_one_row_compute_it_once(tmp_path: Path) -> None:
+    import threading
+
+    heard, begun, go_on = Heard(), threading.Event(), threading.Event()
+    calls: list[int] = []
+
+    def compute() -> Row:
+        calls.append(1)
+        begun.set()
+        assert go_on.wait(30)
+        return Row(1.0, {"D_f": 0.5}, {}, {})
+
+    def get() -> Row:
+        return CellStore(tmp_path, heard).get("class-rfa", {"seed": 0}, Row, compute)
+
+    rows: list[Row] = []
+    threads = [threading.Thread(target=lambda: rows.append(get())) for _ in range(2)]
+    threads[0].start()
+    assert begun.wait(30)
+    threads[1].start()
+    while not any("waiting" in text for text in heard):
+        assert threads[1].is_alive()
+    go_on.set()
+    for thread in threads:
+        thread.join(30)
+    assert len(calls) == 1
+    assert rows[0] == rows[1]
 
 
 def test_finished_rows_are_skipped_and_others_recomputed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -160,6 +160,23 @@ def test_autocast_takes_the_products_in_its_dtype():
     assert float(out.forget_loss) == pytest.approx(float(torch_out.forget_loss), rel=0.02)
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_the_retain_loss_is_fp32_under_autocast(compiled):
+    """Products in bf16, sums in fp32: the retain loss is that of the rounded h, to fp32's accuracy."""
+    tensors = {k: v.detach().float() for k, v in linear_case((20, 16, 24), 4, torch.float64).items()}
+    group = group_of(20, "mixed")
+
+    def run():
+        return rfa_linear(**tensors, scale=0.5, group=group, backend="torch").retain_loss
+
+    torch._dynamo.reset()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = (torch.compile(run, fullgraph=True) if compiled else run)()
+        hidden = torch.nn.functional.linear(tensors["x"], tensors["lora_a"])
+    residual = 0.5 * hidden.double() @ tensors["lora_b"].double().mT
+    assert loss.item() == pytest.approx(residual[group == 0].square().sum().item(), rel=1e-5)
+
+
 @given(
     m=st.integers(1, 30), k=st.integers(1, 20), n=st.integers(1, 30), rank=st.integers(1, 9), seed=st.integers(0, 99),
     norm=st.sampled_from(["mse", "l2"]), target=st.booleans(), teacher=st.booleans(),

@@ -62,6 +62,24 @@ def test_gradient_clipping_by_hand() -> None:
         torch.testing.assert_close(p.grad, whole * ratio, rtol=1e-4, atol=1e-12)
 
 
+@pytest.mark.parametrize("method", ["rfa", "scrub"])
+def test_the_rate_falls_to_the_end_of_the_run(method: str) -> None:
+    """Against torch's own schedule, and over an interruption."""
+    _, forget, retain = data()
+    options = {**OPTIONS, "schedule": "cosine", "method": method}
+    if method != "rfa":
+        options = {k: v for k, v in options.items() if k not in ("targets", "rank")}
+    found = [record["lr"] for record in unlearn(net(), forget, retain, **options).history]
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=options["lr"])
+    theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=len(found))
+    for rate in found:
+        assert rate == pytest.approx(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        theirs.step()
+    short = unlearn(net(), forget, retain, **{**options, "max_steps": 2}).history
+    assert [record["lr"] for record in short] == pytest.approx([options["lr"], options["lr"] / 2])
+
+
 def test_defaults_are_the_papers(monkeypatch: pytest.MonkeyPatch) -> None:
     _, forget, retain = data()
     settings = unlearn(net(), forget, retain, progress=False, targets=LAYERS, rank=2).record["settings"]

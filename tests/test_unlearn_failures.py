@@ -185,6 +185,7 @@ BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("lr nan", {"lr": float("nan")}, ValueError, "lr: got nan"),
     ("weight_decay", {"weight_decay": "x"}, TypeError, "weight_decay: got 'x'"),
     ("max_grad_norm", {"max_grad_norm": 0}, ValueError, "max_grad_norm: got 0, expected a finite number > 0"),
+    ("schedule", {"schedule": "step"}, ValueError, "schedule: got 'step', expected 'constant', 'linear' or 'cosine'"),
     ("seed", {"seed": 1.5}, TypeError, "seed: got 1.5"),
     ("until alone", {"until": lambda f: True}, ValueError, "until: .* expected evaluate="),
     ("evaluate", {"evaluate": 3}, TypeError, "evaluate: got int, expected a callable"),

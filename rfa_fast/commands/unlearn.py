@@ -111,6 +111,10 @@ def unlearn(
         float | None, typer.Option(metavar="X", help="Clip the gradient to this norm.", rich_help_panel=_TRAINING,
                                    show_default=False)
     ] = None,
+    schedule: Annotated[
+        str, typer.Option(metavar="constant|linear|cosine", help="How the learning rate falls, if it does.",
+                          rich_help_panel=_TRAINING)
+    ] = "constant",
     autocast: Annotated[
         str | None, typer.Option(metavar="bfloat16", help="Compute in this where torch.autocast does.",
                                  rich_help_panel=_TRAINING, show_default=False)
@@ -178,7 +182,8 @@ def unlearn(
         placed = _targets(targets) if targets else None
         settings: dict[str, Any] = {
             "method": method, **method_options(context, method, method_option or [], placed, adapting),
-            "lr": lr, "weight_decay": weight_decay, "epochs": epochs, "batch_size": batch_size, "max_steps": max_steps,
+            "lr": lr, "weight_decay": weight_decay, "schedule": schedule, "epochs": epochs,
+            "batch_size": batch_size, "max_steps": max_steps,
             "forget_per_batch": _per_batch(forget_per_batch), "max_grad_norm": max_grad_norm,
             "autocast": _autocast(autocast), "seed": seed,
         }  # fmt: skip

@@ -22,6 +22,7 @@ from torch import nn
 from torch.utils.data import Dataset, Subset
 
 from rfa_fast.data.resize import Resize
+from rfa_fast.files import one_at_a_time
 
 CACHE_VARIABLE = "RFA_FAST_CACHE"
 FORMAT = "rfa-fast model 1"
@@ -175,23 +176,40 @@ class ModelCache:
         key = settings_key(settings)
         if (role, key) in self._memory:
             return replace(self._memory[role, key], reused=True)
-        path = None if self.folder is None else self.folder / f"{role}-{key}.safetensors"
-        if path is not None and path.is_file():
+
+        def trained() -> Trained:
+            model = build()
+            seconds = fit(model)
+            return Trained(model.eval(), seconds, reused=False, key=key)
+
+        if self.folder is None:
+            self._memory[role, key] = trained()
+            return self._memory[role, key]
+        path = self.folder / f"{role}-{key}.safetensors"
+        found = self._kept(role, path, settings, build)
+        if found is not None:
+            return found
+        with one_at_a_time(path, self.say) as waited:
+            found = self._kept(role, path, settings, build) if waited else None
+            if found is None:
+                found = trained()
+                self._write(path, settings, found.model, found.seconds)
+        return found
+
+    def _kept(
+        self, role: str, path: Path, settings: Mapping[str, Any], build: Callable[[], nn.Module]
+    ) -> Trained | None:
+        """The model in this file, if it is one of these settings."""
+        if path.is_file():
             model = build()
             seconds = self._read(path, settings, model)
-            if seconds is not None:
-                self.say(f"{role}: read from {path}")
-                return Trained(model.eval(), seconds, reused=True, key=key)
-        elif path is not None and (others := sorted(path.parent.glob(f"{role}-*.safetensors"))):
+            if seconds is None:
+                return None
+            self.say(f"{role}: read from {path}")
+            return Trained(model.eval(), seconds, reused=True, key=settings_key(settings))
+        if others := sorted(path.parent.glob(f"{role}-*.safetensors")):
             self.say(f"{role}: {len(others)} in {path.parent} were made by other settings; training one with these")
-        model = build()
-        seconds = fit(model)
-        if path is not None:
-            self._write(path, settings, model, seconds)
-        trained = Trained(model.eval(), seconds, reused=False, key=key)
-        if path is None:
-            self._memory[role, key] = trained
-        return trained
+        return None
 
     def has(self, role: str, settings: Mapping[str, Any]) -> bool:
         """Whether :meth:`get` would find this model; a file that cannot be read is found out there.

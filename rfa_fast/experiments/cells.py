@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rfa_fast.experiments.cache import Say, canonical, settings_key
-from rfa_fast.report import write_atomically
+from rfa_fast.files import one_at_a_time, write_atomically
 
 FORMAT = "rfa-fast row 1"
 
@@ -60,18 +60,31 @@ class CellStore:
             OSError: the folder cannot be written.
         """
         path = self.path(name, settings)
-        if path is not None and path.is_file():
+        if path is None:
+            return compute()
+        row = self._finished(name, path, settings, kind)
+        if row is not None:
+            return row
+        with one_at_a_time(path, self.say) as waited:
+            row = self._finished(name, path, settings, kind) if waited else None
+            if row is None:
+                row = compute()
+                content = {"format": FORMAT, "settings": dict(settings), "row": asdict(row)}  # type: ignore[call-overload]
+                write_atomically(path, json.dumps(content, indent=1) + "\n")
+        return row
+
+    def _finished(
+        self, name: str, path: Path, settings: Mapping[str, Any], kind: Callable[..., Content]
+    ) -> Content | None:
+        """The row in this file, if it is one of these settings."""
+        if path.is_file():
             found = self._read(path, settings, kind)
             if found is not None:
                 self.say(f"{name}: finished before, read from {path}")
-                return found
-        elif path is not None and self.keyed and (others := len(list(path.parent.glob(f"{slug(name)}-????????.json")))):
+            return found
+        if self.keyed and (others := len(list(path.parent.glob(f"{slug(name)}-????????.json")))):
             self.say(f"{name}: {others} in {path.parent} are of other settings or seeds; computing this one")
-        row = compute()
-        if path is not None:
-            content = {"format": FORMAT, "settings": dict(settings), "row": asdict(row)}  # type: ignore[call-overload]
-            write_atomically(path, json.dumps(content, indent=1) + "\n")
-        return row
+        return None
 
     def path(self, name: str, settings: Mapping[str, Any]) -> Path | None:
         """Where the row of this name and these settings is or would be; `None` where nothing is kept."""

@@ -27,6 +27,7 @@ from rfa_fast.experiments.measuring import FEATURE_ITEMS, Measures, lasting_figu
 from rfa_fast.experiments.measuring import bar as bar
 from rfa_fast.experiments.measuring import thinned as thinned
 from rfa_fast.methods import method_settings, train, unlearn
+from rfa_fast.methods.checkpoint import RunFolder
 from rfa_fast.metrics import Predictions, SplitResult, evaluate_split, feature_distance, measure
 from rfa_fast.report import Example, MethodRow, Scenario
 
@@ -187,6 +188,9 @@ class ScenarioRun:
         def run() -> Row:
             model = copy.deepcopy(self.original.model)
             forget = self.subsets["D_f"]
+            if folder is not None and (why := RunFolder(folder).why_broken()):
+                self.cells.say(f"{name}: begun anew, no run can go on from what was kept ({why})")
+                shutil.rmtree(folder)
             options = dict(method.options)
             if self.measures is not None and self.measures.lasting and options.get("method", "rfa") == "rfa":
                 options["merge"] = False  # with live adapters there are more states to look at

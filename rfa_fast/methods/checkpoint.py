@@ -121,6 +121,31 @@ class RunFolder:
             "expected an empty or new folder. Pass resume=True to go on with that run, or name another folder"
         )
 
+    def why_broken(self) -> str | None:
+        """Why no run can go on from what the folder holds; `None` where one can, and where it holds no run.
+
+        Example:
+            >>> import tempfile
+            >>> with tempfile.TemporaryDirectory() as path:
+            ...     folder = RunFolder(path)
+            ...     folder.save(RunState(step=2), {})
+            ...     before = folder.why_broken()
+            ...     _ = (Path(path) / "state-00000002.safetensors").write_bytes(b"")
+            ...     (before, "SHA-256" in folder.why_broken())
+            (None, True)
+        """
+        found = self.found()
+        if not found:
+            return None
+        if STATE_FILE not in found:
+            return f"{self.path}: holds {', '.join(found)} but no {STATE_FILE}"
+        try:
+            self.read_state()
+            self.read_tensors()
+        except (FileNotFoundError, ValueError) as error:
+            return str(error)
+        return None
+
     def read_state(self) -> RunState:
         """The state of the run, without its tensors.
 

@@ -34,7 +34,11 @@ _NAMED = 3  # layers named in a message
 
 @dataclass(frozen=True)
 class LoopOptions:
-    """What the loop needs to know; checked by :func:`rfa_fast.unlearn`. Its epochs are the method's passes."""
+    """What the loop needs to know; checked by :func:`rfa_fast.unlearn`. Its epochs are the method's passes.
+
+    Attributes:
+        rate: the learning rate of a step, by its number from 0 on.
+    """
 
     epochs: int
     seed: int
@@ -47,6 +51,7 @@ class LoopOptions:
     evaluate: Callable[[], dict[str, float]] | None
     callbacks: Sequence[Callable[[StepRecord], object]]
     classes: int | None
+    rate: Callable[[int], float]
 
 
 class StopSignal:
@@ -233,6 +238,8 @@ class Loop:
         self._check_finite(values, drawn.batch, volatile)
         if options.max_grad_norm is not None:
             nn.utils.clip_grad_norm_(self.parameters.values(), options.max_grad_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = options.rate(state.step)
         self.whole = False
         self.optimizer.step()
         self.method.end_step()

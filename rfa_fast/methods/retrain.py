@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +27,8 @@ from rfa_fast.methods.batches import IMAGE_BATCH, TEXT_BATCH
 from rfa_fast.methods.loop import gradient_norm
 from rfa_fast.methods.parts import Parts, parts
 from rfa_fast.methods.progress import ProgressReport
+from rfa_fast.methods.schedule import Schedule, learning_rates
 from rfa_fast.methods.seeding import derive_seed, isolated_generators, seed_generators
-
-Schedule = Literal["constant", "linear", "cosine"]
 
 
 @dataclass
@@ -108,17 +107,13 @@ def train(
     checks.numbers(lr=lr, weight_decay=weight_decay, max_grad_norm=max_grad_norm, seed=seed)
     autocast = checks.autocast_dtype(autocast)
     calls = checks.callables(callbacks)
-    if isinstance(warmup_steps, bool) or not isinstance(warmup_steps, int) or warmup_steps < 0:
-        raise ValueError(f"warmup_steps: got {warmup_steps!r}, expected an integer >= 0")
-    if schedule not in ("constant", "linear", "cosine"):
-        raise ValueError(f"schedule: got {schedule!r}, expected 'constant', 'linear' or 'cosine'")
+    learning_rates(lr, schedule, warmup_steps=warmup_steps, total=1)  # refused before anything is read
     place = checks.device_of(model, device)
     with isolated_generators(place):
         data = _Epochs(dataset, batch_size, collate_fn, checks.pad_token_id(model), seed, place)
         total = None if data.steps is None else data.steps * epochs
         total = max_steps if total is None or (max_steps is not None and max_steps < total) else total
-        if schedule != "constant" and total is None:
-            raise ValueError(f"schedule: got {schedule!r} for a loader without length, expected max_steps=… as well")
+        rate = learning_rates(lr, schedule, warmup_steps=warmup_steps, total=total)
         example = data.example()
         classes = checks.class_count(model, example)
         checks.dataset_labels(dataset, dataset, example, classes, forget_too=False)
@@ -127,7 +122,6 @@ def train(
         trainable = [p for p in model.parameters() if p.requires_grad]
         if not trainable:
             raise ValueError("model: got one whose parameters are all frozen, expected some with requires_grad")
-        rate = partial(_rate, lr=lr, warmup=warmup_steps, schedule=schedule, total=total)
         loop = _Steps(model, torch.optim.AdamW(trainable, lr=lr, weight_decay=weight_decay), rate, place)
         modes = [(module, module.training) for module in model.modules()]
         model.train()
@@ -289,13 +283,3 @@ def _check_finite(total: float, norm: float, model: nn.Module, step: int, histor
         "the weights are those of the step before",
         step=step, layers=bad, history=history,
     )  # fmt: skip
-
-
-def _rate(step: int, *, lr: float, warmup: int, schedule: str, total: int | None) -> float:
-    """Learning rate of step number `step` (from 0)."""
-    if step < warmup:
-        return lr * (step + 1) / warmup
-    if schedule == "constant" or total is None:
-        return lr
-    done = (step - warmup) / max(1, total - warmup)
-    return lr * (1 - done if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done)))

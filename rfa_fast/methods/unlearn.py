@@ -33,6 +33,7 @@ from rfa_fast.methods.rfa import RFAMethod
 from rfa_fast.methods.rmu import RMU
 from rfa_fast.methods.run import Run, UnlearnResult, earlier_run
 from rfa_fast.methods.salun import SalUn
+from rfa_fast.methods.schedule import Schedule, learning_rates
 from rfa_fast.methods.scrub import SCRUB
 from rfa_fast.methods.seeding import isolated_generators
 from rfa_fast.methods.simnpo import SimNPO
@@ -76,6 +77,7 @@ def method_settings(options: Mapping[str, Any]) -> dict[str, Any]:
     checks.positive_integers(**{name: given[name] for name in ("epochs", "batch_size", "max_steps")})
     checks.numbers(**{name: given[name] for name in ("lr", "weight_decay", "max_grad_norm", "seed")})
     checks.autocast_dtype(given["autocast"])
+    learning_rates(given["lr"], given["schedule"], total=1)
     kind = _kind(given["method"])
     found = kind.settings({name: value for name, value in options.items() if name not in loop})
     return found if kind.revision == 0 else {**found, "revision": kind.revision}
@@ -91,6 +93,7 @@ def unlearn(
     batch_size: int | None = None,
     lr: float = 5e-5,
     weight_decay: float = 0.01,
+    schedule: Schedule = "constant",
     seed: int = 0,
     output_dir: str | os.PathLike[str] | None = None,
     resume: bool = False,
@@ -127,6 +130,7 @@ def unlearn(
         epochs: passes over `retain` (`"scrub"` makes one over `forget` before the first).
         batch_size: samples per batch, retained and forget together; 128, for text 32.
         lr, weight_decay: of AdamW.
+        schedule: the rate stays `"constant"`, or falls to 0 at the end of the run, linearly or as a cosine.
         seed: of adapters, order, augmentation and dropout. Two runs with one seed end bit-equal on a
             CPU; the caller's random generators are left as they were.
         output_dir: folder for checkpoints, history, adapter and deletion record.
@@ -183,6 +187,7 @@ def unlearn(
         raise ValueError("until: got a condition without evaluate, expected evaluate=… to give it its figures")
     if resume and output_dir is None:
         raise ValueError("resume: got True without output_dir, expected output_dir=… of the run to go on with")
+    learning_rates(lr, schedule, total=1)  # refused before anything is read
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
     kind = _kind(method)
@@ -195,9 +200,14 @@ def unlearn(
             pad_token_id=checks.pad_token_id(model), seed=seed, device=place,
             forget_epochs=kind.forget_passes(method_settings, epochs),
         )  # fmt: skip
+        total = source.total_steps(passes)
+        total = max_steps if total is None or (max_steps is not None and max_steps < total) else total
+        rate = learning_rates(lr, schedule, total=total)
         every = until_every or max(1, (source.total_steps(passes) or 500 * passes) // 10)
         given = {**numbers, **source.settings, "forget_count": len(source.forget_ids)}
         given |= {"lr": lr, "weight_decay": weight_decay, "seed": seed}
+        if schedule != "constant":  # a run of before there was a choice goes on
+            given["schedule"] = schedule
         given |= {
             "max_grad_norm": max_grad_norm,
             "autocast": None if autocast is None else str(autocast),
@@ -216,7 +226,7 @@ def unlearn(
             epochs=passes, seed=seed, max_steps=max_steps, max_grad_norm=max_grad_norm, autocast=autocast,
             checkpoint_every=checkpoint_every, until=until, until_every=every,
             evaluate=None if evaluate is None else lambda: checks.figures(evaluate, model), callbacks=calls,
-            classes=classes,
+            classes=classes, rate=rate,
         )  # fmt: skip
         run = Run(model, kind, options, source, folder, settings, loop_options, lr, weight_decay, place, merge=merge)
         return run.execute(earlier, progress=progress)

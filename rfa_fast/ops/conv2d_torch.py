@@ -10,7 +10,6 @@ s the scale, w the weight of a sample, and ᵀ for the transposed convolution::
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +30,7 @@ from rfa_fast.kernels.conv2d_geometry import (
 )
 from rfa_fast.objective import FORGET, RETAIN, accumulation_dtype, group_mean
 from rfa_fast.ops.plain import LayerResult, Pair
-from rfa_fast.ops.rows import autocast, picks, row_weights
+from rfa_fast.ops.rows import autocast, picks, row_weights, without_autocast
 
 
 class Convolution(NamedTuple):
@@ -319,9 +318,7 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Any:
-        kind = arguments[0].device.type
-        # What autocast narrows is narrow already; the sums stay wide.
-        with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
+        with without_autocast(arguments[0]):  # the sums stay wide
             result = forward(*arguments)
         group, target, kept = arguments[9:12]
         remember(ctx, arguments, result, _compared(result.output, group, target is not None, kept))

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from rfa_fast.config import Norm
 from rfa_fast.objective import FORGET, RETAIN, accumulation_dtype, group_mean
-from rfa_fast.ops.rows import autocast, group_rows, picks, row_map, row_weights, unit_sums
+from rfa_fast.ops.rows import autocast, group_rows, picks, row_map, row_weights, unit_sums, without_autocast
 
 LayerAndMean = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
@@ -324,7 +324,8 @@ class _Layer(torch.autograd.Function):
         ctx.picked = kept is not None and group is not None and _row_by_row(kept, group)
         if ctx.picked:
             arguments = (*arguments[:9], retain_rows(kept, group), *arguments[10:])
-        result = forward(*arguments, picked=ctx.picked)
+        with without_autocast(arguments[0]):  # the sums stay wide
+            result = forward(*arguments, picked=ctx.picked)
         remember(ctx, arguments, result)
         return tuple(result)
 

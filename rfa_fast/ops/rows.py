@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -117,3 +118,15 @@ def autocast(tensor: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...
         return (tensor, *others)
     dtype = torch.get_autocast_dtype(kind)
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (tensor, *others))
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
+    """Context in which products stay in their own dtype: what :func:`autocast` narrows is narrow already.
+
+    Example:
+        >>> with torch.autocast("cpu", dtype=torch.bfloat16), without_autocast(torch.zeros(1)):
+        ...     (torch.ones(1, 1) @ torch.ones(1, 1)).dtype
+        torch.float32
+    """
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
