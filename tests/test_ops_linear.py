@@ -160,6 +160,14 @@ def test_autocast_takes_the_products_in_its_dtype():
     assert float(out.forget_loss) == pytest.approx(float(torch_out.forget_loss), rel=0.02)
 
 
+def test_a_second_derivative_is_refused_not_wrong():
+    tensors = linear_case((20, 16, 24), 4, torch.float64)
+    out = rfa_linear(**tensors, scale=0.5, group=group_of(20, "mixed"), backend="torch")
+    (first,) = torch.autograd.grad(out.output.square().sum(), tensors["lora_b"], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_the_retain_loss_is_fp32_under_autocast(compiled):
     """Products in bf16, sums in fp32: the retain loss is that of the rounded h, to fp32's accuracy."""

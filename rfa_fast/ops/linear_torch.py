@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from rfa_fast.config import Norm
@@ -330,6 +331,7 @@ class _Layer(torch.autograd.Function):
         return tuple(result)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         return derivative(partial(backward, picked=ctx.picked), ctx, *grads)
 
