@@ -9,6 +9,7 @@ sums in fp32 (fp64 for fp64). The derivative, with h = x Aᵀ, s the scale, w th
 
 from __future__ import annotations
 
+import mmap
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -71,9 +72,17 @@ def add_product(base: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return base
 
 
+def _fresh(like: Tensor) -> Tensor:
+    """Memory for a CPU tensor that no earlier tensor had: its pages are there once they are written to."""
+    size = like.numel() * like.element_size()
+    if size < mmap.PAGESIZE:
+        return torch.empty_like(like, memory_format=torch.contiguous_format)
+    return torch.frombuffer(mmap.mmap(-1, size), dtype=like.dtype).view(like.shape)
+
+
 @torch.library.custom_op("rfa_fast::retain_rows", mutates_args=())
 def _retain_rows(values: Tensor, group: Tensor) -> Tensor:
-    first = torch.empty_like(values, memory_format=torch.contiguous_format)
+    first = _fresh(values)
     rows = (group == RETAIN).nonzero().squeeze(1)
     torch.index_select(values, 0, rows, out=first[: rows.shape[0]])
     return first
