@@ -144,7 +144,7 @@ class RetainTerm(Contender):
     def __init__(
         self, floor: Floor, setting: Setting, forget_share: float, dtype: torch.dtype, *, compiled: bool = True
     ) -> None:
-        super().__init__("retain-term" if compiled else "retain-term-eager", None, {}, setting)
+        super().__init__("retain-term-compiled" if compiled else "retain-term", None, {}, setting)
         self._term = torch.compile(_retain_term, dynamic=False) if compiled else _retain_term
         self._layers: list[tuple[Tensor, Tensor, Tensor]] = []
         for shape in floor.features.values():

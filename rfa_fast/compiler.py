@@ -15,7 +15,7 @@ import torch
 from torch.fx import Graph, Node
 
 # What inductor stores on a CPU rather than computes again, as soon as two others read it.
-_HEAVY = frozenset({"exp", "log", "log10", "log1p", "log2", "sigmoid", "tanh", "exp2", "expm1"})
+_HEAVY = frozenset({"exp", "log", "log10", "log1p", "log2", "sigmoid", "tanh"})
 _COPIES = 4
 
 

@@ -47,17 +47,15 @@ def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> Path
 
 
 @contextmanager
-def one_at_a_time(path: str | os.PathLike[str], say: Callable[[str], object] = print) -> Iterator[bool]:
-    """Context in which no other process makes the same file; a second one waits, and finds it made.
+def one_at_a_time(path: str | os.PathLike[str], say: Callable[[str], object] = print) -> Iterator[None]:
+    """Context in which no other process makes the same file; a second one waits, and looks whether it is there now.
 
-    What locks is an empty file beside it, whose name begins with a dot; a process that is killed lets go of it.
+    What locks is an empty file beside it, whose name begins with a dot and which stays, for all users of the
+    folder; a process that is killed lets go of it.
 
     Args:
         path: the file that is about to be made.
         say: is told that somebody else is at it.
-
-    Yields:
-        Whether this process had to wait, so that the file may be there now.
 
     Raises:
         OSError: the folder cannot be written.
@@ -70,14 +68,27 @@ def one_at_a_time(path: str | os.PathLike[str], say: Callable[[str], object] = p
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path.with_name(f".{path.name}.lock"), thread_local=False)
-    waited = False
+    lock = FileLock(path.with_name(f".{path.name}.lock"), thread_local=False, mode=0o666)
     try:
         lock.acquire(timeout=0)
     except Timeout:
         say(f"{path.name}: another process is making it; waiting for that")
-        waited = bool(lock.acquire())
+        lock.acquire()
     try:
-        yield waited
+        yield
     finally:
         lock.release()
+
+
+def version_of(path: str | os.PathLike[str]) -> tuple[int, int] | None:
+    """What tells one content of a file from another: when it was written, in ns, and its size; `None` for no file.
+
+    Example:
+        >>> version_of("no such file") is None
+        True
+    """
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return found.st_mtime_ns, found.st_size

@@ -91,6 +91,18 @@ GROUPS = {
 }
 
 
+def test_a_backward_that_is_traced_after_a_forward_that_was_not():
+    """Compiled autograd, on a batch without retain rows: there is a row to address all the same."""
+    leaves, run = taught(torch.float64, GROUPS["none retained"].to(torch.int8))
+    expected = torch.autograd.grad(run("reference"), leaves)
+    total = run()
+    torch._dynamo.reset()
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
+        total.backward()
+    for leaf, truth in zip(leaves, expected, strict=True):
+        assert torch.allclose(leaf.grad, truth, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("norm", ["mse", "l2"])
 @pytest.mark.parametrize("group", GROUPS.values(), ids=GROUPS)

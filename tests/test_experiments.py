@@ -199,6 +199,28 @@ def test_a_row_whose_run_cannot_go_on_is_begun_anew(tmp_path: Path) -> None:
     assert any("begun anew" in text and "SHA-256" in text for text in heard)
 
 
+def test_a_row_that_was_finished_before_the_lock_was_had_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from contextlib import contextmanager
+
+    from rfa_fast.experiments import cells
+
+    store, row = CellStore(tmp_path, Heard()), Row(1.0, {"D_f": 0.5}, {}, {})
+    lock = cells.one_at_a_time
+
+    @contextmanager
+    def late(path, say):
+        monkeypatch.setattr(cells, "one_at_a_time", lock)
+        CellStore(tmp_path, Heard()).get("class-rfa", {"seed": 0}, Row, lambda: row)
+        with lock(path, say):
+            yield
+
+    monkeypatch.setattr(cells, "one_at_a_time", late)
+    assert store.get("class-rfa", {"seed": 0}, Row, lambda: pytest.fail("computed again")) == row
+    assert not store.computed
+
+
 def test_two_commands_at_one_row_compute_it_once(tmp_path: Path) -> None:
     import threading
 

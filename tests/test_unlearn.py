@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from unlearn_cases import LAYERS, LOADED, OPTIONS, data, net, unseen
 
 from rfa_fast import patch, unlearn
 from rfa_fast.data import ForgetRetainBatchSampler
-from rfa_fast.methods import METHODS, hash_model
+from rfa_fast.methods import METHODS, StepRecord, hash_model
 
 
 def test_equals_a_loop_by_hand() -> None:
@@ -63,8 +64,8 @@ def test_gradient_clipping_by_hand() -> None:
 
 
 @pytest.mark.parametrize("method", ["rfa", "scrub"])
-def test_the_rate_falls_to_the_end_of_the_run(method: str) -> None:
-    """Against torch's own schedule, and over an interruption."""
+def test_the_rate_falls_to_the_end_of_the_run(method: str, tmp_path: Path) -> None:
+    """Against torch's own schedule; and a run that stops and is resumed has the rates it would have had."""
     _, forget, retain = data()
     options = {**OPTIONS, "schedule": "cosine", "method": method}
     if method != "rfa":
@@ -76,6 +77,17 @@ def test_the_rate_falls_to_the_end_of_the_run(method: str) -> None:
         assert rate == pytest.approx(optimizer.param_groups[0]["lr"])
         optimizer.step()
         theirs.step()
+
+    def stop(record: StepRecord) -> None:
+        if record["step"] == 2:
+            raise RuntimeError("stop here")
+
+    options |= {"output_dir": tmp_path / "run", "checkpoint_every": 1}
+    with pytest.raises(RuntimeError, match="stop here"):
+        unlearn(net(), forget, retain, callbacks=[stop], **options)
+    resumed = unlearn(net(), forget, retain, resume=True, **options)
+    assert [record["lr"] for record in resumed.history] == found
+    options.pop("output_dir")
     short = unlearn(net(), forget, retain, **{**options, "max_steps": 2}).history
     assert [record["lr"] for record in short] == pytest.approx([options["lr"], options["lr"] / 2])
 

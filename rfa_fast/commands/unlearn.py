@@ -112,8 +112,8 @@ def unlearn(
                                    show_default=False)
     ] = None,
     schedule: Annotated[
-        str, typer.Option(metavar="constant|linear|cosine", help="How the learning rate falls, if it does.",
-                          rich_help_panel=_TRAINING)
+        str, typer.Option(metavar="constant|linear|cosine", rich_help_panel=_TRAINING,
+                          help="Whether and how the learning rate falls to 0 until the run ends.")
     ] = "constant",
     autocast: Annotated[
         str | None, typer.Option(metavar="bfloat16", help="Compute in this where torch.autocast does.",

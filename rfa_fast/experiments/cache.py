@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils.data import Dataset, Subset
 
 from rfa_fast.data.resize import Resize
-from rfa_fast.files import one_at_a_time
+from rfa_fast.files import one_at_a_time, version_of
 
 CACHE_VARIABLE = "RFA_FAST_CACHE"
 FORMAT = "rfa-fast model 1"
@@ -186,11 +186,13 @@ class ModelCache:
             self._memory[role, key] = trained()
             return self._memory[role, key]
         path = self.folder / f"{role}-{key}.safetensors"
+        version = version_of(path)
         found = self._kept(role, path, settings, build)
         if found is not None:
             return found
-        with one_at_a_time(path, self.say) as waited:
-            found = self._kept(role, path, settings, build) if waited else None
+        with one_at_a_time(path, self.say):
+            # Somebody may have trained it meanwhile.
+            found = None if version_of(path) == version else self._kept(role, path, settings, build)
             if found is None:
                 found = trained()
                 self._write(path, settings, found.model, found.seconds)

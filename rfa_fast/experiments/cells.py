@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rfa_fast.experiments.cache import Say, canonical, settings_key
-from rfa_fast.files import one_at_a_time, write_atomically
+from rfa_fast.files import one_at_a_time, version_of, write_atomically
 
 FORMAT = "rfa-fast row 1"
 
@@ -40,10 +40,14 @@ class CellStore:
         say: is told which rows are read, and which are not trusted and why.
         keyed: rows of one name and several settings lie beside each other, as trained models do, and none is
             replaced by another. Without it a folder has one row of a name.
+
+    Attributes:
+        computed: whether the last row was computed here, rather than read.
     """
 
     def __init__(self, folder: Path | None, say: Say = print, *, keyed: bool = False) -> None:
         self.folder, self.say, self.keyed = folder, say, keyed
+        self.computed = False
 
     def get(
         self, name: str, settings: Mapping[str, Any], kind: Callable[..., Content], compute: Callable[[], Content]
@@ -61,14 +65,17 @@ class CellStore:
         """
         path = self.path(name, settings)
         if path is None:
+            self.computed = True
             return compute()
+        self.computed, version = False, version_of(path)
         row = self._finished(name, path, settings, kind)
         if row is not None:
             return row
-        with one_at_a_time(path, self.say) as waited:
-            row = self._finished(name, path, settings, kind) if waited else None
+        with one_at_a_time(path, self.say):
+            # Somebody may have finished it meanwhile.
+            row = None if version_of(path) == version else self._finished(name, path, settings, kind)
             if row is None:
-                row = compute()
+                row, self.computed = compute(), True
                 content = {"format": FORMAT, "settings": dict(settings), "row": asdict(row)}  # type: ignore[call-overload]
                 write_atomically(path, json.dumps(content, indent=1) + "\n")
         return row

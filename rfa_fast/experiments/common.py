@@ -213,7 +213,7 @@ class ScenarioRun:
 
         row = self.cells.get(f"{self.name}-{method.label}", settings, Row, run)
         if self.shared and folder is not None and folder.exists():
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)  # another process that reads this row does the same
         return row
 
     def pending(self, baselines: Sequence[str], methods: Sequence[Method]) -> tuple[list[str], list[str]]:

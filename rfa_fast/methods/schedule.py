@@ -19,7 +19,8 @@ def learning_rates(
         lr: the rate after the warm-up.
         schedule: afterwards `"constant"`, or falling to 0 behind the last step, linearly or as a cosine.
         warmup_steps: steps in which the rate rises linearly from 0 to `lr`.
-        total: steps in all; `None` where that is not known, which only `"constant"` does without.
+        total: steps in all, behind which the rate stays 0; `None` where that is not known, which only `"constant"`
+            does without.
 
     Raises:
         ValueError: an unknown schedule, a negative warm-up, or a falling rate without an end.
@@ -43,5 +44,5 @@ def _rate(step: int, *, lr: float, warmup: int, schedule: str, total: int | None
         return lr * (step + 1) / warmup
     if schedule == "constant" or total is None:
         return lr
-    done = (step - warmup) / max(1, total - warmup)
+    done = min(1.0, (step - warmup) / max(1, total - warmup))  # a loader may give more than it said
     return lr * (1 - done if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done)))

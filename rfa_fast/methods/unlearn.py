@@ -130,7 +130,9 @@ def unlearn(
         epochs: passes over `retain` (`"scrub"` makes one over `forget` before the first).
         batch_size: samples per batch, retained and forget together; 128, for text 32.
         lr, weight_decay: of AdamW.
-        schedule: the rate stays `"constant"`, or falls to 0 at the end of the run, linearly or as a cosine.
+        schedule: the rate stays `"constant"`, or falls to 0 at the end of the last epoch, or of `max_steps` where
+            that comes first, linearly or as a cosine (`"linear"`, `"cosine"`). `until` may end the run before.
+            A loader without length needs `max_steps` for it.
         seed: of adapters, order, augmentation and dropout. Two runs with one seed end bit-equal on a
             CPU; the caller's random generators are left as they were.
         output_dir: folder for checkpoints, history, adapter and deletion record.

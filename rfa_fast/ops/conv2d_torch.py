@@ -327,7 +327,8 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        return derivative(backward, ctx, *grads)
+        with without_autocast(ctx.saved_tensors[0]):
+            return derivative(backward, ctx, *grads)
 
 
 def run(

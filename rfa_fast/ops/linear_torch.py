@@ -96,6 +96,8 @@ def _(values: Tensor, group: Tensor) -> Tensor:
 def retain_rows(values: Tensor, group: Tensor) -> Tensor:
     """The retain rows of `values` `(M, N)`, in their order: what is kept of a teacher's feature for the backward.
 
+    Where there is none, one other row, so that there is one to address.
+
     In a compiled graph, where no shape may depend on a value, they come first in a tensor of M rows, and the rows
     behind them are not written: no page of a large tensor is there before it is written to. They must not be read.
 
@@ -107,7 +109,8 @@ def retain_rows(values: Tensor, group: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         rows: Tensor = _retain_rows(values, group)
         return rows
-    return values[group == RETAIN]
+    rows = values[group == RETAIN]
+    return rows if rows.shape[0] else values[:1]
 
 
 def places(group: Tensor) -> Tensor:
@@ -342,7 +345,8 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        return derivative(partial(backward, picked=ctx.picked), ctx, *grads)
+        with without_autocast(ctx.saved_tensors[0]):
+            return derivative(partial(backward, picked=ctx.picked), ctx, *grads)
 
 
 def _row_by_row(kept: Tensor, group: Tensor) -> bool:

@@ -157,9 +157,9 @@ class Workshop:
         trained = run.pending(baselines, list(methods.values()))[1]
         for label in baselines:
             found.rows[label] = run.baseline(label)  # type: ignore[arg-type]
-        rates.note_training(found, trained)
+        here = [label for label in trained if (model := vars(run).get(label.lower())) is None or not model.reused]
+        rates.note_training(found, here)
         for key, method in methods.items():
-            pending = bool(run.pending((), [method])[0])
             begun = time.perf_counter()
             try:
                 found.rows[key] = run.unlearned(method)
@@ -167,7 +167,7 @@ class Workshop:
                 found.failed[key] = str(error)
                 self.say(f"{key}, seed {unit.seed}: no figures, {error}")
                 continue
-            if pending:
+            if run.cells.computed:
                 # With named metrics or with what lasts, measuring is not what the next forecast asks for.
                 usual = self.choice.metrics is None and not unit.lasting
                 seconds = time.perf_counter() - begun if usual else None
