@@ -204,7 +204,8 @@ def test_in_another_precision_nothing_is_shared(finished: tuple[Path, Result], t
     result = run("table1", *TINY, *STEPS, *words, "--cache", str(place / "cache"), "--output", str(tmp_path / "out"))
     assert "for 4 rows and 2 trained models, from a probe of 3 steps" in plain(result.stderr)
     assert "warm-up steps, cosine schedule, products in bfloat16 (" in plain(result.stdout)
-    rows = [json.loads(path.read_text(encoding="utf-8"))["settings"] for path in place.glob("cache/rows/*/cells/*rfa*")]
+    files = place.glob("cache/rows/*/cells/*rfa*.json")
+    rows = [json.loads(path.read_text(encoding="utf-8"))["settings"] for path in files]
     found = [row["options"].get("autocast") for row in rows]
     assert found.count("bfloat16") == 1
     assert found.count(None) >= 4

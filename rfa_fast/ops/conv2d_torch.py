@@ -318,7 +318,8 @@ class _Layer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Any:
-        with without_autocast(arguments[0]):  # the sums stay wide
+        ctx.kind = arguments[0].device.type
+        with without_autocast(ctx.kind):  # the sums stay wide
             result = forward(*arguments)
         group, target, kept = arguments[9:12]
         remember(ctx, arguments, result, _compared(result.output, group, target is not None, kept))
@@ -327,7 +328,7 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        with without_autocast(ctx.saved_tensors[0]):
+        with without_autocast(ctx.kind):
             return derivative(backward, ctx, *grads)
 
 

@@ -337,7 +337,8 @@ class _Layer(torch.autograd.Function):
         ctx.picked = kept is not None and group is not None and _row_by_row(kept, group)
         if ctx.picked:
             arguments = (*arguments[:9], retain_rows(kept, group), *arguments[10:])
-        with without_autocast(arguments[0]):  # the sums stay wide
+        ctx.kind = arguments[0].device.type
+        with without_autocast(ctx.kind):  # the sums stay wide
             result = forward(*arguments, picked=ctx.picked)
         remember(ctx, arguments, result)
         return tuple(result)
@@ -345,7 +346,7 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        with without_autocast(ctx.saved_tensors[0]):
+        with without_autocast(ctx.kind):
             return derivative(partial(backward, picked=ctx.picked), ctx, *grads)
 
 

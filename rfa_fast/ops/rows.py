@@ -120,13 +120,15 @@ def autocast(tensor: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (tensor, *others))
 
 
-def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
+def without_autocast(kind: str) -> AbstractContextManager[object]:
     """Context in which products stay in their own dtype: what :func:`autocast` narrows is narrow already.
 
+    Args:
+        kind: type of the device, `"cpu"` or `"cuda"` say.
+
     Example:
-        >>> with torch.autocast("cpu", dtype=torch.bfloat16), without_autocast(torch.zeros(1)):
+        >>> with torch.autocast("cpu", dtype=torch.bfloat16), without_autocast("cpu"):
         ...     (torch.ones(1, 1) @ torch.ones(1, 1)).dtype
         torch.float32
     """
-    kind = tensor.device.type
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
