@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ def compiler_settings() -> Iterator[None]:
     What a layer in a checkpointed block reports is reported by its first run only. What is elementwise, an activation
     function or the scale of a norm, is computed again in the backward rather than kept for it: for a product that
     reads it, after another use far away, and at the end of a long chain, too. On a CPU it is computed again for
-    each of its uses there (:func:`separate_uses`).
+    each of its uses there (:func:`separate_uses`), unless inductor was given a pass of somebody else's.
 
     Example:
         >>> with compiler_settings():
@@ -110,6 +111,7 @@ def _on_cpu(node: Node) -> bool:
     return not isinstance(value, torch.Tensor) or value.device.type == "cpu"
 
 
+@cache
 def _separate_uses() -> Any:
     from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 

@@ -7,8 +7,11 @@ import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from filelock import FileLock, Timeout
+
+Content = TypeVar("Content")
 
 
 def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> Path:
@@ -46,27 +49,47 @@ def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> Path
     return path
 
 
-@contextmanager
-def one_at_a_time(path: str | os.PathLike[str], say: Callable[[str], object] = print) -> Iterator[None]:
-    """Context in which no other process makes the same file; a second one waits, and looks whether it is there now.
-
-    What locks is an empty file beside it, whose name begins with a dot and which stays, for all users of the
-    folder; a process that is killed lets go of it.
+def made_once(
+    path: str | os.PathLike[str],
+    read: Callable[[], Content | None],
+    make: Callable[[], Content],
+    say: Callable[[str], object] = print,
+) -> Content:
+    """What a file holds: read, or made by one process, for which others that want it wait.
 
     Args:
-        path: the file that is about to be made.
-        say: is told that somebody else is at it.
+        path: the file.
+        read: what it holds; `None` where it is not there or no good.
+        make: makes that, and writes the file.
+        say: is told that another process is at it.
 
     Raises:
         OSError: the folder cannot be written.
 
     Example:
         >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder, one_at_a_time(Path(folder) / "row.json"):
-        ...     write_atomically(Path(folder) / "row.json", "{}").name
-        'row.json'
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder) / "row.txt"
+        ...     made_once(path, lambda: path.read_text() if path.is_file() else None, lambda: "made"), path.is_file()
+        ('made', False)
     """
-    path = Path(path)
+    version = _version(path)
+    found = read()
+    if found is not None:
+        return found
+    with _one_at_a_time(Path(path), say):
+        # Somebody may have made it meanwhile.
+        found = None if _version(path) == version else read()
+        return make() if found is None else found
+
+
+@contextmanager
+def _one_at_a_time(path: Path, say: Callable[[str], object]) -> Iterator[None]:
+    """Context in which no other process makes the same file.
+
+    What locks is an empty file beside it, whose name begins with a dot and which stays, for all users of the
+    folder; a process that is killed lets go of it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path.with_name(f".{path.name}.lock"), thread_local=False, mode=0o666)
     try:
@@ -80,13 +103,8 @@ def one_at_a_time(path: str | os.PathLike[str], say: Callable[[str], object] = p
         lock.release()
 
 
-def version_of(path: str | os.PathLike[str]) -> tuple[int, int] | None:
-    """What tells one content of a file from another: when it was written, in ns, and its size; `None` for no file.
-
-    Example:
-        >>> version_of("no such file") is None
-        True
-    """
+def _version(path: str | os.PathLike[str]) -> tuple[int, int] | None:
+    """What tells one content of a file from another: when it was written, in ns, and its size; `None` for no file."""
     try:
         found = os.stat(path)
     except FileNotFoundError:

@@ -204,19 +204,19 @@ def test_a_row_that_was_finished_before_the_lock_was_had_is_read(
 ) -> None:
     from contextlib import contextmanager
 
-    from rfa_fast.experiments import cells
+    from rfa_fast import files
 
     store, row = CellStore(tmp_path, Heard()), Row(1.0, {"D_f": 0.5}, {}, {})
-    lock = cells.one_at_a_time
+    lock = files._one_at_a_time
 
     @contextmanager
     def late(path, say):
-        monkeypatch.setattr(cells, "one_at_a_time", lock)
+        monkeypatch.setattr(files, "_one_at_a_time", lock)
         CellStore(tmp_path, Heard()).get("class-rfa", {"seed": 0}, Row, lambda: row)
         with lock(path, say):
             yield
 
-    monkeypatch.setattr(cells, "one_at_a_time", late)
+    monkeypatch.setattr(files, "_one_at_a_time", late)
     assert store.get("class-rfa", {"seed": 0}, Row, lambda: pytest.fail("computed again")) == row
     assert not store.computed
 

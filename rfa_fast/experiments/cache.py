@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils.data import Dataset, Subset
 
 from rfa_fast.data.resize import Resize
-from rfa_fast.files import one_at_a_time, version_of
+from rfa_fast.files import made_once
 
 CACHE_VARIABLE = "RFA_FAST_CACHE"
 FORMAT = "rfa-fast model 1"
@@ -177,26 +177,21 @@ class ModelCache:
         if (role, key) in self._memory:
             return replace(self._memory[role, key], reused=True)
 
-        def trained() -> Trained:
+        path = None if self.folder is None else self.folder / f"{role}-{key}.safetensors"
+
+        def make() -> Trained:
             model = build()
             seconds = fit(model)
-            return Trained(model.eval(), seconds, reused=False, key=key)
+            trained = Trained(model.eval(), seconds, reused=False, key=key)
+            if path is None:
+                self._memory[role, key] = trained
+            else:
+                self._write(path, settings, model, seconds)
+            return trained
 
-        if self.folder is None:
-            self._memory[role, key] = trained()
-            return self._memory[role, key]
-        path = self.folder / f"{role}-{key}.safetensors"
-        version = version_of(path)
-        found = self._kept(role, path, settings, build)
-        if found is not None:
-            return found
-        with one_at_a_time(path, self.say):
-            # Somebody may have trained it meanwhile.
-            found = None if version_of(path) == version else self._kept(role, path, settings, build)
-            if found is None:
-                found = trained()
-                self._write(path, settings, found.model, found.seconds)
-        return found
+        if path is None:
+            return make()
+        return made_once(path, lambda: self._kept(role, path, settings, build), make, self.say)
 
     def _kept(
         self, role: str, path: Path, settings: Mapping[str, Any], build: Callable[[], nn.Module]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rfa_fast.experiments.cache import Say, canonical, settings_key
-from rfa_fast.files import one_at_a_time, version_of, write_atomically
+from rfa_fast.files import made_once, write_atomically
 
 FORMAT = "rfa-fast row 1"
 
@@ -63,22 +63,18 @@ class CellStore:
         Raises:
             OSError: the folder cannot be written.
         """
-        path = self.path(name, settings)
-        if path is None:
-            self.computed = True
-            return compute()
-        self.computed, version = False, version_of(path)
-        row = self._finished(name, path, settings, kind)
-        if row is not None:
-            return row
-        with one_at_a_time(path, self.say):
-            # Somebody may have finished it meanwhile.
-            row = None if version_of(path) == version else self._finished(name, path, settings, kind)
-            if row is None:
-                row, self.computed = compute(), True
+        path, self.computed = self.path(name, settings), False
+
+        def make() -> Content:
+            row, self.computed = compute(), True
+            if path is not None:
                 content = {"format": FORMAT, "settings": dict(settings), "row": asdict(row)}  # type: ignore[call-overload]
                 write_atomically(path, json.dumps(content, indent=1) + "\n")
-        return row
+            return row
+
+        if path is None:
+            return make()
+        return made_once(path, lambda: self._finished(name, path, settings, kind), make, self.say)
 
     def _finished(
         self, name: str, path: Path, settings: Mapping[str, Any], kind: Callable[..., Content]

@@ -216,6 +216,11 @@ class ScenarioRun:
             shutil.rmtree(folder, ignore_errors=True)  # another process that reads this row does the same
         return row
 
+    def trained_here(self) -> list[str]:
+        """Which of `"Original"` and `"Retrain"` were trained for this scenario just now, rather than read."""
+        known = {"Original": vars(self).get("original"), "Retrain": vars(self).get("retrain")}
+        return [label for label, trained in known.items() if trained is not None and not trained.reused]
+
     def pending(self, baselines: Sequence[str], methods: Sequence[Method]) -> tuple[list[str], list[str]]:
         """What of these rows is still to be computed: labels of rows, and of the trained models they would wait for."""
         settings = {label: self._baseline_settings(label) for label in baselines}

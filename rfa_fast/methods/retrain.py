@@ -27,7 +27,7 @@ from rfa_fast.methods.batches import IMAGE_BATCH, TEXT_BATCH
 from rfa_fast.methods.loop import gradient_norm
 from rfa_fast.methods.parts import Parts, parts
 from rfa_fast.methods.progress import ProgressReport
-from rfa_fast.methods.schedule import Schedule, learning_rates
+from rfa_fast.methods.schedule import Schedule, check_schedule, learning_rates, steps_in_all
 from rfa_fast.methods.seeding import derive_seed, isolated_generators, seed_generators
 
 
@@ -107,12 +107,11 @@ def train(
     checks.numbers(lr=lr, weight_decay=weight_decay, max_grad_norm=max_grad_norm, seed=seed)
     autocast = checks.autocast_dtype(autocast)
     calls = checks.callables(callbacks)
-    learning_rates(lr, schedule, warmup_steps=warmup_steps, total=1)  # refused before anything is read
+    check_schedule(schedule, warmup_steps=warmup_steps)
     place = checks.device_of(model, device)
     with isolated_generators(place):
         data = _Epochs(dataset, batch_size, collate_fn, checks.pad_token_id(model), seed, place)
-        total = None if data.steps is None else data.steps * epochs
-        total = max_steps if total is None or (max_steps is not None and max_steps < total) else total
+        total = steps_in_all(None if data.steps is None else data.steps * epochs, max_steps)
         rate = learning_rates(lr, schedule, warmup_steps=warmup_steps, total=total)
         example = data.example()
         classes = checks.class_count(model, example)

@@ -30,6 +30,7 @@ from rfa_fast.methods.record import (
     versions,
     write_json,
 )
+from rfa_fast.methods.schedule import steps_in_all
 from rfa_fast.methods.seeding import derive_seed, seed_generators
 
 _LATER = ("layers", "model")  # settings that are known only once the method is prepared
@@ -125,9 +126,7 @@ class Run:
         except BaseException:
             method.remove()
             raise
-        total = self.source.total_steps(self.options.epochs)
-        if self.options.max_steps is not None:
-            total = self.options.max_steps if total is None else min(total, self.options.max_steps)
+        total = steps_in_all(self.source.total_steps(self.options.epochs), self.options.max_steps)
         report = ProgressReport(f"unlearn ({method.name})", total, start=loop.state.step, enabled=progress)
         with report, StopSignal(report.say) as stop:
             try:

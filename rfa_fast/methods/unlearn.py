@@ -33,7 +33,7 @@ from rfa_fast.methods.rfa import RFAMethod
 from rfa_fast.methods.rmu import RMU
 from rfa_fast.methods.run import Run, UnlearnResult, earlier_run
 from rfa_fast.methods.salun import SalUn
-from rfa_fast.methods.schedule import Schedule, learning_rates
+from rfa_fast.methods.schedule import Schedule, check_schedule, learning_rates, steps_in_all
 from rfa_fast.methods.scrub import SCRUB
 from rfa_fast.methods.seeding import isolated_generators
 from rfa_fast.methods.simnpo import SimNPO
@@ -77,7 +77,7 @@ def method_settings(options: Mapping[str, Any]) -> dict[str, Any]:
     checks.positive_integers(**{name: given[name] for name in ("epochs", "batch_size", "max_steps")})
     checks.numbers(**{name: given[name] for name in ("lr", "weight_decay", "max_grad_norm", "seed")})
     checks.autocast_dtype(given["autocast"])
-    learning_rates(given["lr"], given["schedule"], total=1)
+    check_schedule(given["schedule"])
     kind = _kind(given["method"])
     found = kind.settings({name: value for name, value in options.items() if name not in loop})
     return found if kind.revision == 0 else {**found, "revision": kind.revision}
@@ -189,7 +189,7 @@ def unlearn(
         raise ValueError("until: got a condition without evaluate, expected evaluate=… to give it its figures")
     if resume and output_dir is None:
         raise ValueError("resume: got True without output_dir, expected output_dir=… of the run to go on with")
-    learning_rates(lr, schedule, total=1)  # refused before anything is read
+    check_schedule(schedule)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
     kind = _kind(method)
@@ -202,10 +202,9 @@ def unlearn(
             pad_token_id=checks.pad_token_id(model), seed=seed, device=place,
             forget_epochs=kind.forget_passes(method_settings, epochs),
         )  # fmt: skip
-        total = source.total_steps(passes)
-        total = max_steps if total is None or (max_steps is not None and max_steps < total) else total
-        rate = learning_rates(lr, schedule, total=total)
-        every = until_every or max(1, (source.total_steps(passes) or 500 * passes) // 10)
+        steps = source.total_steps(passes)
+        rate = learning_rates(lr, schedule, total=steps_in_all(steps, max_steps))
+        every = until_every or max(1, (steps or 500 * passes) // 10)
         given = {**numbers, **source.settings, "forget_count": len(source.forget_ids)}
         given |= {"lr": lr, "weight_decay": weight_decay, "seed": seed}
         if schedule != "constant":  # a run of before there was a choice goes on

@@ -188,15 +188,15 @@ def squared_errors(
         place: `(M,)`, the row of `values` that row m is compared with, where `div` and `mod` do not say it.
     """
     if not picks(output):
-        against = values if place is None else values[place]
-        return torch.where(selected[:, None], off_rows(output, against, div, mod), 0).square().sum(1)
+        return torch.where(selected[:, None], off_rows(output, values, div, mod, place), 0).square().sum(1)
     rows = selected.nonzero().squeeze(1)
     off = output[rows].to(accumulation_dtype(output.dtype)) - values[_value_of(rows, div, mod, place)]
     return off.new_zeros(output.shape[0]).index_put_((rows,), off.square_().sum(1))
 
 
-def off_rows(output: Tensor, values: Tensor, div: int, mod: int) -> Tensor:
-    """y − row (m // div) % mod of `values`, `(M, N)` in the dtype of sums; nothing is expanded."""
+def off_rows(output: Tensor, values: Tensor, div: int, mod: int, place: Tensor | None = None) -> Tensor:
+    """y − row (m // div) % mod of `values`, or row `place[m]`, `(M, N)` in the dtype of sums; nothing is expanded."""
+    values = values if place is None else values[place]
     features = output.shape[1]
     wide = accumulation_dtype(output.dtype)
     blocks = output.to(wide).reshape(-1, mod, div, features)
@@ -254,8 +254,7 @@ def _added(
     """G + w (y − values) on the rows whose weight w is not 0; row m's value is at `place[m]`, where that is given."""
     wide = accumulation_dtype(output.dtype)
     if not picks(output):
-        against = values if place is None else values[place]
-        off = torch.where((each != 0)[:, None], off_rows(output, against, div, mod), 0)
+        off = torch.where((each != 0)[:, None], off_rows(output, values, div, mod, place), 0)
         return grad.to(wide) + each[:, None] * off
     rows = each.nonzero().squeeze(1)
     off = output[rows].to(wide) - values[_value_of(rows, div, mod, place)]

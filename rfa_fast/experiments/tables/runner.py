@@ -154,11 +154,9 @@ class Workshop:
             {key: dict(method.options) for key, method in methods.items()}, title_of(run.split),
         )  # fmt: skip
         baselines = BASELINES[1:] if unit.retrain_only else BASELINES
-        trained = run.pending(baselines, list(methods.values()))[1]
         for label in baselines:
             found.rows[label] = run.baseline(label)  # type: ignore[arg-type]
-        here = [label for label in trained if (model := vars(run).get(label.lower())) is None or not model.reused]
-        rates.note_training(found, here)
+        rates.note_training(found, run.trained_here())
         for key, method in methods.items():
             begun = time.perf_counter()
             try:
