@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rfa_fast.config import Backend, Norm
+from rfa_fast.kernels.conv2d_geometry import geometry, pair, resolve_padding
 from rfa_fast.ops import backends
 
 Unit = Literal["row", "sample"]
@@ -215,6 +216,11 @@ def rfa_conv2d(
     if group is not None and group.ndim != 1:
         raise ValueError(f"group: got shape {tuple(group.shape)}, expected (B,) = ({x.shape[0]},)")
     _check_group(group, (x.shape[0],), x.device)
+    steps, spread = pair("stride", stride), pair("dilation", dilation)
+    around = resolve_padding(padding, (weight.shape[2], weight.shape[3]), steps, spread)
+    where = geometry(x, weight, steps, around, spread, groups)
+    for name, constant in (("target", target), ("retain_target", retain_target)):
+        _check_target(name, constant, (x.shape[0], outputs, where.out_height, where.out_width))
     chosen, _ = backends.select(backend, x)
     return RFAOutput(
         *backends.conv2d(

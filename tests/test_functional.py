@@ -202,6 +202,12 @@ def test_wrong_arguments_of_the_convolution_and_the_head():
             x, w, torch.zeros(6, 2, 3, 3), torch.zeros(6, 3, 1, 1), scale=1.0, groups=2,
             group=torch.zeros(2, 1, dtype=torch.int8),
         )  # fmt: skip
+    for name in ("target", "retain_target"):  # the image is 3 × 2 there, not 3 × 3
+        with pytest.raises(ValueError, match=rf"^{name}: got shape \(1, 6, 3, 2\), expected .* \(2, 6, 3, 3\)"):
+            rfa_conv2d(
+                x, w, torch.zeros(6, 2, 3, 3), torch.zeros(6, 3, 1, 1), scale=1.0, groups=2,
+                group=torch.zeros(2, dtype=torch.int8), **{name: torch.zeros(1, 6, 3, 2)},
+            )  # fmt: skip
     hidden, head, group = torch.zeros(3, 4), torch.zeros(9, 4), torch.zeros(3, dtype=torch.int8)
     with pytest.raises(TypeError, match="labels: got torch.int32"):
         rfa_head_loss(hidden, head, torch.zeros(3, dtype=torch.int32), group)

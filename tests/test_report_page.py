@@ -231,6 +231,9 @@ def test_bars_are_as_long_as_the_accuracies() -> None:
     assert ">30.0</text>" in plot.svg
     assert plot.caption == "The kept class that moved most is 1: −10.0 points."
     assert [key.label for key in plot.legend] == ["before", "after", "forgotten, after"]
+    still = scenario()
+    still.per_class_after = {**still.per_class_before, still.forgotten[0]: 0.0}
+    assert per_class_plot(still, "s").caption == "No kept class moved."
 
 
 def test_lines_of_the_layers_are_where_the_distances_are() -> None:

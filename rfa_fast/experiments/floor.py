@@ -30,7 +30,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from rfa_fast.experiments.sharing import labelled_rows, logits_of, run_model, sharing_copy
+from rfa_fast.experiments.sharing import labelled_rows, run_model, sharing_copy
+from rfa_fast.metrics.passes import logits_of
 from rfa_fast.targets import output_embeddings
 
 Shapes = dict[str, tuple[int, ...]]

@@ -29,7 +29,8 @@ from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
 from rfa_fast.experiments.floor import Floor, floor_of
-from rfa_fast.experiments.sharing import logits_of, quiet, run_model, sharing_copy
+from rfa_fast.experiments.sharing import quiet, run_model, sharing_copy
+from rfa_fast.metrics.passes import logits_of
 from rfa_fast.patching import RFA, patch
 from rfa_fast.targets import Targets, select
 

@@ -1,4 +1,4 @@
-"""What all contenders of a benchmark need of a model: a twin on the same weights, its logits, its labelled rows."""
+"""What all contenders of a benchmark need of a model: a twin on the same weights, its output, its labelled rows."""
 
 from __future__ import annotations
 
@@ -53,18 +53,6 @@ def quiet(model: nn.Module) -> nn.Module:
 def run_model(model: nn.Module, inputs: Tensor | Mapping[str, Any]) -> Any:
     """`model(inputs)`, or `model(**inputs)` for keyword arguments."""
     return model(inputs) if isinstance(inputs, Tensor) else model(**inputs)
-
-
-def logits_of(output: Any) -> Tensor:
-    """The logits of what a model returns.
-
-    Raises:
-        TypeError: neither a tensor nor an object with `.logits`.
-    """
-    found = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-    if not isinstance(found, Tensor):
-        raise TypeError(f"model: got an output of {type(output).__name__}, expected a tensor or an object with .logits")
-    return found
 
 
 def labelled_rows(model: nn.Module, labels: Tensor) -> Tensor:
