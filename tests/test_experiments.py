@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from rfa_fast.experiments.cache import ModelCache, labels_of
 from rfa_fast.experiments.cells import CellStore
 from rfa_fast.experiments.common import Experiment, Method, Row, ScenarioRun
 from rfa_fast.experiments.comparison import Request, compare, methods, scenario_split
+from rfa_fast.experiments.measuring import Measures
 from rfa_fast.experiments.models import DigitsNet, digits_net, resnet18, seeded
 from rfa_fast.report import RunReport
 
@@ -197,6 +200,23 @@ def test_a_row_whose_run_cannot_go_on_is_begun_anew(tmp_path: Path) -> None:
     again = scenario_run(tiny(), "class:b", output=tmp_path, say=heard).unlearned(method)
     assert again.figures == first.figures
     assert any("begun anew" in text and "SHA-256" in text for text in heard)
+
+
+def test_the_peak_of_a_run_that_was_over_before_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    method = Method("RFA", {"targets": ["fc"], "rank": 1, "lr": 1e-3, "seed": 0})
+    measures = Measures(("accuracy", "peak_mib"), None)
+    with monkeypatch.context() as patched:
+        patched.setattr(ScenarioRun, "_measured", lambda *_: sys.exit("killed while it was measured"))
+        with pytest.raises(SystemExit):
+            scenario_run(tiny(), "class:b", output=tmp_path, measures=measures).unlearned(method)
+    again = scenario_run(tiny(), "class:b", output=tmp_path, measures=measures).unlearned(method)
+    assert math.isnan(again.figures["peak_mib"])
+    (row,) = tmp_path.rglob("*class-b-rfa*.json")
+    row.unlink()
+    shutil.rmtree(tmp_path / "runs")
+    whole = scenario_run(tiny(), "class:b", output=tmp_path, measures=measures).unlearned(method)
+    assert whole.figures["peak_mib"] > 0
+    assert whole.figures["D_f/accuracy"] == again.figures["D_f/accuracy"]
 
 
 def test_a_row_that_was_finished_before_the_lock_was_had_is_read(

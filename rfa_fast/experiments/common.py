@@ -191,6 +191,7 @@ class ScenarioRun:
             if folder is not None and (why := RunFolder(folder).why_broken()):
                 self.cells.say(f"{name}: begun anew, no run can go on from what was kept ({why})")
                 shutil.rmtree(folder)
+            over = folder is not None and folder.exists() and RunFolder(folder).read_record() is not None
             options = dict(method.options)
             if self.measures is not None and self.measures.lasting and options.get("method", "rfa") == "rfa":
                 options["merge"] = False  # with live adapters there are more states to look at
@@ -204,7 +205,8 @@ class ScenarioRun:
             if result.rfa is not None:
                 result.rfa.merge()
             seconds = float(result.record["training"]["seconds"])
-            row = self._measured(model, seconds, method.label, cost.peak_bytes, lasting)
+            peak = None if over else cost.peak_bytes  # a run that was over before is only read here
+            row = self._measured(model, seconds, method.label, peak, lasting)
             row = replace(row, losses=[_numbers(step) for step in result.history])
             if self.measures is not None:
                 return row
