@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -149,6 +150,54 @@ def test_killed_then_resumed(tmp_path: Path) -> None:
     with (out / "history.jsonl").open("a") as file:
         file.write('{"step": 6, "to')  # a kill in the middle of a line
     check_equal(run(out, resume=True), run(tmp_path / "whole"))
+
+
+def test_checkpoints_alone_are_written_late_and_gone_on_from(tmp_path: Path) -> None:
+    whole, seen = run(tmp_path / "whole"), {}
+
+    def look(record: dict[str, Any]) -> None:
+        seen[record["step"]] = (tmp_path / "run").exists()
+        if record["step"] == 7:  # what a kill would leave
+            shutil.copytree(tmp_path / "run", tmp_path / "cut")
+
+    alone = run(tmp_path / "run", save="checkpoints", checkpoint_every=5, callbacks=[look])
+    assert (seen[5], seen[6]) == (False, True)  # step 5 is saved after its callbacks
+    assert sorted(p.name for p in alone.output_dir.iterdir()) == [
+        "history.jsonl", "state-00000010.safetensors", "state.json"
+    ]  # fmt: skip
+    assert RunFolder(tmp_path / "cut").read_state().step == 5
+    assert len((tmp_path / "cut" / "history.jsonl").read_text().splitlines()) == 7
+    resumed = run(tmp_path / "cut", save="checkpoints", resume=True)
+    for result in (alone, resumed):
+        assert hash_model(result.model) == hash_model(whole.model)
+        assert losses(result) == losses(whole)
+        assert result.record["model"] == whole.record["model"]
+        assert not {"deletion_record.json", "adapter"} & {p.name for p in result.output_dir.iterdir()}
+
+
+def test_a_short_run_that_keeps_checkpoints_alone_writes_nothing(tmp_path: Path) -> None:
+    result = run(tmp_path / "run", save="checkpoints")
+    assert (result.output_dir, list(tmp_path.iterdir())) == (None, [])
+    with pytest.raises(RuntimeError, match="stop here"):
+        run(tmp_path / "cut", save="checkpoints", callbacks=[stop_at(4, RuntimeError("stop here"))])
+    assert RunFolder(tmp_path / "cut").read_state().step == 4
+    assert len((tmp_path / "cut" / "history.jsonl").read_text().splitlines()) == 4
+    assert hash_model(run(tmp_path / "cut", save="checkpoints", resume=True).model) == hash_model(result.model)
+    with pytest.raises(ValueError, match="save: got 'nothing', expected one of 'all', 'checkpoints'"):
+        run(tmp_path / "other", save="nothing")
+
+
+def test_nothing_is_said_to_be_saved_where_nothing_could_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(RunFolder, "save", full)
+    with pytest.raises(RuntimeError) as caught:
+        run(tmp_path / "run", save="checkpoints", callbacks=[stop_at(4, RuntimeError("stop here"))])
+    if sys.version_info >= (3, 11):
+        (note,) = caught.value.__notes__
+        assert "could not be saved" in note
+        assert "nothing was saved yet; the model is as before" in note
 
 
 def test_interrupted_then_resumed(tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ class ScenarioRun:
         measures: what is measured of every row; `None`: accuracy (and perplexity) and membership inference,
             under the names of a scenario's table.
         shared: the folder is one that tables share. Rows of several settings lie beside each other, and
-            what a method wrote to resume from is deleted once its row is finished.
+            a method writes only what it needs to be resumed, which is deleted once its row is finished.
     """
 
     def __init__(
@@ -199,7 +199,7 @@ class ScenarioRun:
                 result = unlearn(
                     model, forget if method.repeat == 1 else Repeated(forget, method.repeat), self.subsets["D_r"],
                     output_dir=folder, resume=folder is not None and folder.exists(), progress=self.progress,
-                    **options,
+                    save="checkpoints" if self.shared else "all", **options,
                 )  # fmt: skip
             lasting = self._lasting(model, result.rfa)
             if result.rfa is not None:

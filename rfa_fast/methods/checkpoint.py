@@ -209,6 +209,7 @@ class RunFolder:
 
     def append(self, record: StepRecord) -> None:
         """Add one step to the history."""
+        self.path.mkdir(parents=True, exist_ok=True)
         with open(self.path / HISTORY_FILE, "a", encoding="utf-8") as file:
             file.write(json.dumps(record, allow_nan=False) + "\n")
 

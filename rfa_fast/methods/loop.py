@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from types import FrameType, TracebackType
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,9 @@ CHECKPOINT_SECONDS = 60.0
 _OPTIMIZER = "optimizer."
 _METHOD = "method."
 _NAMED = 3  # layers named in a message
+
+Save = Literal["all", "checkpoints"]
+"""What a run writes to its folder: everything, or only what it needs to be resumed, and that not at once."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class LoopOptions:
     callbacks: Sequence[Callable[[StepRecord], object]]
     classes: int | None
     rate: Callable[[int], float]
+    save: Save
 
 
 class StopSignal:
@@ -107,7 +112,7 @@ class Loop:
     Attributes:
         state: updated after every step.
         whole: false only while the optimizer is changing parameters.
-        saved_step: step of the last checkpoint of this process, `None` before the first.
+        saved_step: step of the last checkpoint, `None` before the first.
     """
 
     def __init__(
@@ -126,6 +131,7 @@ class Loop:
         self.parameters = method.named_parameters()
         self.whole = True
         self.saved_step: int | None = None
+        self._written = 0
         self._saved_at = time.monotonic()
 
     def run(self, stop: StopSignal, report: ProgressReport) -> None:
@@ -169,7 +175,8 @@ class Loop:
         if state.stopped is None:
             self._end()
             state.stopped = "finished"
-        self.save()
+        if options.save == "all":
+            self.save()
 
     def prepare(self) -> None:
         """What the method does before its first step; its time is part of the run's."""
@@ -200,8 +207,16 @@ class Loop:
         for name, parameter in self.parameters.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"{_OPTIMIZER}{key}.{name}"] = value
+        self._append()
         self.folder.save(self.state, tensors)
         self.saved_step, self._saved_at = self.state.step, time.monotonic()
+
+    def _append(self) -> None:
+        """Write the steps that are not yet in the history."""
+        if self.folder is not None:
+            for record in self.history[self._written :]:
+                self.folder.append(record)
+        self._written = len(self.history)
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Put method and optimizer where a checkpoint left them.
@@ -218,6 +233,7 @@ class Loop:
             if key.startswith(_OPTIMIZER):
                 field, _, name = key.removeprefix(_OPTIMIZER).partition(".")
                 state.setdefault(indices[name], {})[field] = value
+        self.saved_step, self._written = self.state.step, len(self.history)
         self.method.load_state_tensors(method)
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
 
@@ -251,8 +267,8 @@ class Loop:
         record |= {"lr": self.optimizer.param_groups[0]["lr"], "retain": len(drawn.batch.forget) - forget}
         record |= {"forget": forget, "seconds": round(state.seconds, 6)}
         self.history.append(record)
-        if self.folder is not None:
-            self.folder.append(record)
+        if self.saved_step is not None:  # before the first checkpoint there is no run to go on with
+            self._append()
         return record
 
     def _check_finite(self, values: Mapping[str, float], batch: Batch, volatile: Mapping[str, Tensor]) -> None:

@@ -45,7 +45,7 @@ class UnlearnResult:
         rfa: the live handle when nothing was merged, else `None`.
         history: one record per step.
         record: the deletion record.
-        output_dir: where the run's files are, `None` without a folder.
+        output_dir: where the run's files are, `None` where none were written.
         stopped: `"finished"`, `"until"` or `"max_steps"`.
     """
 
@@ -133,7 +133,8 @@ class Run:
                 loop.run(stop, report)
                 stop.closing = True
                 layers = method.layers()
-                files = {} if self.folder is None else self.folder.replace_adapter(method.save)
+                whole = self.folder if self.options.save == "all" else None
+                files = {} if whole is None else whole.replace_adapter(method.save)
                 rounding = method.merge(None if self.merge is True else self.merge) if self.merge else None
             except NonFiniteError as error:
                 kept, rfa = self._keep(loop, stays=True)
@@ -172,7 +173,8 @@ class Run:
             with method.original():
                 state.metrics_before = finite_or_none(self._evaluate())
         loop.prepare()
-        loop.save()
+        if self.options.save == "all":
+            loop.save()
         return loop
 
     def _finish(
@@ -207,9 +209,10 @@ class Run:
             merge_rounding=rounding,
             files=files,
         )  # fmt: skip
-        if self.folder is not None:
+        if self.options.save == "all":
             record = self._write(record)
-        return UnlearnResult(self.model, method.handle, loop.history, record, self._path(), str(state.stopped))
+        there = None if loop.saved_step is None else self._path()
+        return UnlearnResult(self.model, method.handle, loop.history, record, there, str(state.stopped))
 
     def _write(self, record: dict[str, Any]) -> dict[str, Any]:
         """Write the record, unless this run has left one: it is a document and keeps its date."""
@@ -251,9 +254,10 @@ class Run:
                 if stays:
                     return lost + on_model, handle
         loop.method.remove()
-        saved = loop.state.step if loop.saved_step is None else loop.saved_step
+        if loop.saved_step is None:
+            return f"{lost}nothing was saved yet; the model is as before", None
         return (
-            f"{lost}the state of step {saved} is in {self.folder.path} and the model is as before; "
+            f"{lost}the state of step {loop.saved_step} is in {self.folder.path} and the model is as before; "
             "the same call with resume=True goes on from there"
         ), None
 

@@ -12,7 +12,7 @@ import inspect
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -26,7 +26,7 @@ from rfa_fast.methods.checkpoint import RunFolder
 from rfa_fast.methods.finetune import Finetune
 from rfa_fast.methods.from_scratch import Retrain
 from rfa_fast.methods.graddiff import GradDiff
-from rfa_fast.methods.loop import LoopOptions
+from rfa_fast.methods.loop import LoopOptions, Save
 from rfa_fast.methods.neggrad import NegGrad
 from rfa_fast.methods.npo import NPO
 from rfa_fast.methods.rfa import RFAMethod
@@ -97,6 +97,7 @@ def unlearn(
     seed: int = 0,
     output_dir: str | os.PathLike[str] | None = None,
     resume: bool = False,
+    save: Save = "all",
     forget_per_batch: PerBatch = "auto",
     collate_fn: Collate | None = None,
     max_steps: int | None = None,
@@ -138,6 +139,8 @@ def unlearn(
         output_dir: folder for checkpoints, history, adapter and deletion record.
         resume: go on with the run in `output_dir`; the end is bit-equal to that of an uninterrupted run. A
             folder without a run starts one, and says so.
+        save: `"checkpoints"` writes only what a run needs to be resumed, the first of it after a minute or
+            `checkpoint_every` steps and nothing at the end: for a run whose result the caller keeps.
         forget_per_batch: see :class:`rfa_fast.data.ForgetRetainBatchSampler`.
         collate_fn: makes a batch of items; by default tensors are stacked and texts padded.
         max_steps: stop after that many steps in all.
@@ -190,6 +193,8 @@ def unlearn(
     if resume and output_dir is None:
         raise ValueError("resume: got True without output_dir, expected output_dir=… of the run to go on with")
     check_schedule(schedule)
+    if save not in get_args(Save):
+        raise ValueError(f"save: got {save!r}, expected one of {', '.join(map(repr, get_args(Save)))}")
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
     kind = _kind(method)
@@ -227,7 +232,7 @@ def unlearn(
             epochs=passes, seed=seed, max_steps=max_steps, max_grad_norm=max_grad_norm, autocast=autocast,
             checkpoint_every=checkpoint_every, until=until, until_every=every,
             evaluate=None if evaluate is None else lambda: checks.figures(evaluate, model), callbacks=calls,
-            classes=classes, rate=rate,
+            classes=classes, rate=rate, save=save,
         )  # fmt: skip
         run = Run(model, kind, options, source, folder, settings, loop_options, lr, weight_decay, place, merge=merge)
         return run.execute(earlier, progress=progress)
