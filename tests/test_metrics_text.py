@@ -15,8 +15,11 @@ from transformers import (
     DistilBertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
 )
 
+import rfa_fast
 from rfa_fast import metrics
 from rfa_fast.metrics import predictions
 
@@ -153,6 +156,36 @@ def test_generated_text_is_transformers_own_greedy_search(seed):
         ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12, eos_token_id=36, pad_token_id=36
     )[0, 3:]
     assert written == " ".join(str(int(i)) for i in truth if i != 36)
+
+
+@pytest.mark.parametrize("patched", [False, True])
+def test_generation_reads_every_token_once_and_writes_what_reading_all_of_them_would(patched):
+    config = LlamaConfig(
+        vocab_size=37, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
+    torch.manual_seed(1)
+    model = LlamaForCausalLM(config).eval()
+    if patched:
+        handle = rfa_fast.patch(model, targets="all", rank=2)
+        for name, parameter in handle.named_parameters().items():
+            if name.endswith("lora_b"):
+                nn.init.normal_(parameter, std=0.3)
+
+    class Forgetful(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+            return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+
+    read: list[int] = []
+    model.model.embed_tokens.register_forward_hook(lambda _, given, __: read.append(given[0].shape[1]))
+    cached = metrics.generate_text(model, DigitTokenizer(), "3a7", 9)
+    assert read == [3] + [1] * 8
+    assert cached == metrics.generate_text(Forgetful(), DigitTokenizer(), "3a7", 9)
+    assert read[9:] == list(range(3, 12))
 
 
 def test_generation_stops_at_any_end_token_of_the_model():

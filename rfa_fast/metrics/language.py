@@ -7,6 +7,7 @@ an item that greedy decoding would reproduce.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -81,8 +82,8 @@ def generate_text(model: nn.Module, tokenizer: Any, prompt: str, max_new_tokens:
     """What the model writes after `prompt`, always the most probable token: the same text every time.
 
     The loop is ours, not `model.generate`: a model's own generation settings (repetition penalty,
-    sampling) would make "before" and "after" differ by more than the weights. It keeps no key-value
-    cache, so it costs one full forward per token; meant for a sentence or two.
+    sampling) would make "before" and "after" differ by more than the weights. A model that takes
+    `past_key_values`, as transformers' do, computes every token once; any other the whole text for each token.
 
     Args:
         model: a causal language model; takes `input_ids` and `attention_mask`.
@@ -115,17 +116,25 @@ def generate_text(model: nn.Module, tokenizer: Any, prompt: str, max_new_tokens:
         raise ValueError(f"prompt: got {prompt!r} with no token in it, expected at least one")
     device, stops = passes.device_of(model), _end_tokens(model, tokenizer)
     ids = ids.long().to(device)
-    begin = ids.shape[1]
+    begin, unread = ids.shape[1], ids
+    cache = {"past_key_values": None, "use_cache": True} if _keeps_cache(model) else {}
     with passes.evaluating(model):
         for new in range(max_new_tokens):
-            last = passes.logits_of(model(input_ids=ids, attention_mask=torch.ones_like(ids)))[:, -1].float()
+            output = model(input_ids=unread, attention_mask=torch.ones_like(ids), **cache)
+            last = passes.logits_of(output)[:, -1].float()
             if not bool(last.logsumexp(-1).isfinite().all()):
                 raise FloatingPointError(f"model: NaN or infinite logits at new token {new}, expected finite numbers")
             token = last.argmax(-1)
             if int(token) in stops:
                 break
-            ids = torch.cat([ids, token[:, None]], dim=1)
+            ids = unread = torch.cat([ids, token[:, None]], dim=1)
+            if cache and (past := getattr(output, "past_key_values", None)) is not None:
+                cache["past_key_values"], unread = past, token[:, None]
     return str(tokenizer.decode(ids[0, begin:].cpu(), skip_special_tokens=True))
+
+
+def _keeps_cache(model: nn.Module) -> bool:
+    return {"past_key_values", "use_cache"} <= set(inspect.signature(model.forward).parameters)
 
 
 def _end_tokens(model: nn.Module, tokenizer: Any) -> set[int]:
