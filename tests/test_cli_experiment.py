@@ -90,7 +90,7 @@ def test_a_table_is_computed_and_written_in_every_form(finished: tuple[Path, Res
     assert len(splits) == 4
     assert [len(Split.load(path).forget) for path in splits] == [10, 10, 20, 20]
     assert len(list((place / "cache").glob("*.safetensors"))) == 6
-    assert not list((place / "cache" / "rows" / "digits-digits-net" / "runs").iterdir())
+    assert not (place / "cache" / "rows" / "digits-digits-net" / "runs").exists()  # nothing runs for a minute here
 
 
 def test_the_same_command_and_another_table_compute_nothing_again(

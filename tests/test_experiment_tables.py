@@ -291,6 +291,9 @@ def test_a_budget_takes_the_largest_sizes_that_fit() -> None:
     # Original 60,000 · 5, Retrain 59,872 · 5 and 54,000 · 5 at 1 ms; NegGrad 2 · 127 + 48 · 127 at 2 ms;
     # three rows measured on 60,000 + 10,000 in each scenario at 0.1 ms, and a second for each of the six.
     assert forecaster.total(LADDER[0]) == pytest.approx(300 + 299.36 + 270 + 12.7 + 42 + 6, rel=1e-6)
+    forecaster.rates[pair]["model"] = 4.0  # of a probe: a row's copy, hashes and texts
+    assert forecaster.total(LADDER[0]) == pytest.approx(300 + 299.36 + 270 + 12.7 + 42 + 6 * 5, rel=1e-6)
+    del forecaster.rates[pair]["model"]
     totals = [forecaster.total(step) for step in LADDER]
     assert totals == sorted(totals, reverse=True)
     assert forecaster.fit(1e6)[pair] == Sizes()

@@ -26,15 +26,18 @@ from rfa_fast.experiments.tables.pairs import PAIRS
 from rfa_fast.experiments.tables.plan import Choice, PlannedRow, Sizes, Unit
 from rfa_fast.experiments.tables.rates import MEASURE, TRAIN, Rates, passes_of
 from rfa_fast.experiments.tables.runner import BASELINES, Workshop
+from rfa_fast.methods.record import hash_model
 
 # Table XII, sample: each method's time over Finetune's, which is a training step's. RFA is counted as a full one.
 _OVER_TRAINING = {"neggrad": 1.0, "finetune": 1.0, "badt": 1.7, "scrub": 1.5, "salun": 1.2, "graddiff": 1.2, "npo": 1.5,
                   "simnpo": 1.2, "rmu": 1.2, "rfa": 1.2}  # fmt: skip
-_OVER_FORWARD = 1.6  # measuring compares with other models on part of the samples
+# Measuring compares with two other models on part of the samples; what Retrain predicts is kept, texts' logits are not.
+_OVER_FORWARD = {"classification": 1.6, "language": 3.0}
 _MARGIN = 0.85  # of a budget is planned with
 _STEPS = 3
 _FEWEST = 200
-_EACH = 1.0  # seconds of a row that no sample counts for: hashes, the attack's classifier, files
+_EACH = 1.0  # seconds of a row that no sample counts for: the attack's classifier, files
+_MODEL = "model"  # likewise, by the model's size: its copy, its hashes, the texts it writes; noted times hold it
 _STATES = 8  # that D_f is measured in when it is asked whether it stays forgotten
 _UNITS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
 
@@ -145,7 +148,8 @@ class Forecaster:
                     models += 1
                     kept = sizes["D_r"] + (sizes["D_f"] if label == "Original" else 0)
                     seconds += rates[TRAIN] * kept * epochs
-                seconds += (_EACH + rates[MEASURE] * sum(map(len, run.measured.values()))) * len(pending)
+                each = sum(map(len, run.measured.values()))
+                seconds += (self._once(unit.pair) + rates[MEASURE] * each) * len(pending)
                 if unit.lasting:
                     again = rates[TRAIN] * (sizes["D_r"] + sizes["D_f"]) + rates[MEASURE] * _STATES * sizes["D_f"]
                     seconds += again * len(pending)
@@ -177,7 +181,7 @@ class Forecaster:
                 measured = [parts["D_f"], parts["D_r"], int(min(extent.test, sizes.limit or extent.test))]
                 each = sum(min(n, sizes.samples or n) for n in measured)
                 rows = len(planned) + (1 if unit.retrain_only else 2)
-                seconds += (_EACH + rates[MEASURE] * each) * rows
+                seconds += (self._once(unit.pair) + rates[MEASURE] * each) * rows
                 if unit.lasting:
                     again = rates[TRAIN] * (parts["D_r"] + parts["D_f"]) + rates[MEASURE] * _STATES * parts["D_f"]
                     seconds += again * rows
@@ -217,6 +221,10 @@ class Forecaster:
             "fewer seeds, methods or tables"
         )
 
+    def _once(self, pair: str) -> float:
+        """Seconds of any row that no sample counts for."""
+        return _EACH + self.rates[pair].get(_MODEL, 0.0)
+
     def _row(self, pair: str, row: PlannedRow, sizes: dict[str, int], options: dict[str, Any]) -> float:
         rates = self.rates[pair]
         rate = rates.get(row.spec.cost_key, rates[TRAIN] * _OVER_TRAINING.get(row.spec.method, 1.5))
@@ -230,12 +238,15 @@ class Forecaster:
         found = {key: rate for key in (TRAIN, MEASURE, *sorted(keys)) if (rate := noted.get(key)) is not None}
         if TRAIN not in found or MEASURE not in found:
             self.probed.append(name)
-            found = {**probe(experiment), **found}
+            probed = probe(experiment)
+            if MEASURE in found:
+                del probed[_MODEL]
+            found = {**probed, **found}
         return found
 
 
 def probe(experiment: Experiment) -> dict[str, float]:
-    """Seconds per sample of training and of measuring, from a few steps of an untrained model.
+    """Seconds per sample of training and of measuring, and seconds once a row, by a few steps of an untrained model.
 
     The first step is left out: libraries warm up in it.
     """
@@ -254,8 +265,19 @@ def probe(experiment: Experiment) -> dict[str, float]:
     predict(model, experiment.loader(Subset(few, range(min(len(few), 8)))))
     begun = time.perf_counter()
     predict(model, experiment.loader(few))
-    forward = (time.perf_counter() - begun) / len(few)
-    return {TRAIN: seconds / sum(step["samples"] for step in warm), MEASURE: _OVER_FORWARD * forward}
+    measuring = _OVER_FORWARD[experiment.kind] * (time.perf_counter() - begun) / len(few)
+    begun = time.perf_counter()
+    twin = copy.deepcopy(model)
+    for _ in ("before", "after"):
+        hash_model(twin)
+    if experiment.write is not None:
+        experiment.write(twin)
+    once = time.perf_counter() - begun
+    return {
+        TRAIN: seconds / sum(step["samples"] for step in warm),
+        MEASURE: measuring,
+        _MODEL: once,
+    }
 
 
 def words(seconds: float) -> str:

@@ -140,7 +140,7 @@ _ALL = (
         "trivia", "smollm2", "language", smollm2.experiment, {"sample": ("sample:128",), "class": ("class:starwars",)},
         (("eli5-category", "distilgpt2"), ("wmdp", "qwen2.5-3b")), ("data:trivia", "model:smollm2"),
         common={"lr": 5e-5, **smollm2.UNLEARNING}, methods={"rfa": smollm2.SETTINGS}, head="lm_head",
-        recipe_of="language", quick=(16, 1, 6, 1), by_kind=True,
+        recipe_of="language", quick=(12, 1, 4, 1), by_kind=True,
     ),
     Pair(
         "wordnet", "smollm2", "language", paper_pairs.wordnet_smollm2,
