@@ -116,7 +116,7 @@ _ALL = (
     Pair(
         "digits", "digits-net", "image", _digits, {"sample": ("sample:64",), "class": ("class:3",)},
         (("fashion-mnist", "resnet18"), ("cifar-10", "resnet18")),
-        common={"lr": 5e-4, "batch_size": 64, "epochs": 2}, methods=_DIGITS, quick=(None, 6, 300, None),
+        common={"lr": 5e-4, "batch_size": 64, "epochs": 2}, methods=_DIGITS, quick=(None, 6, 300, 1),
     ),
     Pair(
         "fashion-mnist", "resnet18", "image", fashion_mnist.experiment,
@@ -140,7 +140,7 @@ _ALL = (
         "trivia", "smollm2", "language", smollm2.experiment, {"sample": ("sample:128",), "class": ("class:starwars",)},
         (("eli5-category", "distilgpt2"), ("wmdp", "qwen2.5-3b")), ("data:trivia", "model:smollm2"),
         common={"lr": 5e-5, **smollm2.UNLEARNING}, methods={"rfa": smollm2.SETTINGS}, head="lm_head",
-        recipe_of="language", quick=(12, 1, 4, 1), by_kind=True,
+        recipe_of="language", quick=(8, 1, 3, 1), by_kind=True,
     ),
     Pair(
         "wordnet", "smollm2", "language", paper_pairs.wordnet_smollm2,
