@@ -262,6 +262,13 @@ def _added(
     return grad.index_put((rows,), moved.to(grad.dtype))
 
 
+def _thin_gradient(changed: Tensor, hidden: Tensor) -> Tensor:
+    """G'ᵀ h `(N, R)`. As (hᵀ G')ᵀ a CPU's library reads the wide factor as it lies, in a seventh of the time."""
+    if changed.device.type == "cpu" and not torch.compiler.is_compiling():
+        return (hidden.mT @ changed).mT.contiguous()
+    return changed.mT @ hidden
+
+
 def backward(
     grad: Tensor, residual_grad: Tensor | None, retain_grad: Tensor | None, forget_grad: Tensor | None, x: Tensor,
     weight: Tensor, lora_a: Tensor, lora_b: Tensor, group: Tensor | None, goal: Tensor | None, goal_div: int,
@@ -281,7 +288,7 @@ def backward(
         changed = _added(changed, w.retain, output, kept, kept_div, kept_mod, place)
     changed = changed.to(x.dtype)
     up = scale * (changed @ lora_b.to(x.dtype)).to(wide)
-    grad_b = scale * (changed.mT @ hidden).to(wide)
+    grad_b = scale * _thin_gradient(changed, hidden).to(wide)
     up, grad_b = thin_terms(up, grad_b, residual_grad, hidden, lora_b, None if kept is not None else w.retain, scale)
     narrow = up.to(x.dtype)
     # dA first: an x that is computed again for it is gone before dX, which is as large, is made.

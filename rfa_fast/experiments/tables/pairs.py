@@ -134,7 +134,7 @@ _ALL = (
         "bbc-news", "minilm", "text", bbc_news.experiment,
         {"sample": ("sample:128",), "class": ("class:sports", "keyword:election")}, (("imdb", "distilbert"),),
         ("data:bbc-news", "model:minilm"), common=_PAPER, methods=_BBC_NEWS, head="classifier",
-        recipe_of="text", quick=(64, 1, 32, None),
+        recipe_of="text", quick=(48, 1, 24, None),
     ),
     Pair(
         "trivia", "smollm2", "language", smollm2.experiment, {"sample": ("sample:128",), "class": ("class:starwars",)},
