@@ -216,11 +216,13 @@ def rfa_conv2d(
     if group is not None and group.ndim != 1:
         raise ValueError(f"group: got shape {tuple(group.shape)}, expected (B,) = ({x.shape[0]},)")
     _check_group(group, (x.shape[0],), x.device)
-    steps, spread = pair("stride", stride), pair("dilation", dilation)
-    around = resolve_padding(padding, (weight.shape[2], weight.shape[3]), steps, spread)
-    where = geometry(x, weight, steps, around, spread, groups)
-    for name, constant in (("target", target), ("retain_target", retain_target)):
-        _check_target(name, constant, (x.shape[0], outputs, where.out_height, where.out_width))
+    if target is not None or retain_target is not None:
+        steps, spread = pair("stride", stride), pair("dilation", dilation)
+        around = resolve_padding(padding, (weight.shape[2], weight.shape[3]), steps, spread)
+        where = geometry(x, weight, steps, around, spread, groups)
+        shape = (x.shape[0], outputs, where.out_height, where.out_width)
+        _check_target("target", target, shape)
+        _check_target("retain_target", retain_target, shape)
     chosen, _ = backends.select(backend, x)
     return RFAOutput(
         *backends.conv2d(

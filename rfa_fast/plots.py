@@ -87,9 +87,8 @@ def per_class_plot(scenario: Scenario, salt: str = "") -> Plot:
     if kept:
         most = max(kept, key=lambda name: kept[name])
         points = 100 * (after[most] - before[most])
-        caption = f"The kept class that moved most is {most}: {_signed(points)} points."
-        if not kept[most]:
-            caption = "No kept class moved."
+        moved = f"The kept class that moved most is {most}: {_signed(points)} points."
+        caption = moved if kept[most] else "No kept class moved."
     if len(names) < len(before):
         caption += f" Drawn: the {len(names)} of {len(before)} classes that moved most."
     return Plot(title, svg(draw, _class_height(scenario), salt), alt, caption.strip(), legend)

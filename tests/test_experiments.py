@@ -23,6 +23,7 @@ from rfa_fast.experiments.common import Experiment, Method, Row, ScenarioRun
 from rfa_fast.experiments.comparison import Request, compare, methods, scenario_split
 from rfa_fast.experiments.measuring import Measures
 from rfa_fast.experiments.models import DigitsNet, digits_net, resnet18, seeded
+from rfa_fast.methods.checkpoint import RunFolder
 from rfa_fast.report import RunReport
 
 
@@ -200,6 +201,21 @@ def test_a_row_whose_run_cannot_go_on_is_begun_anew(tmp_path: Path) -> None:
     again = scenario_run(tiny(), "class:b", output=tmp_path, say=heard).unlearned(method)
     assert again.figures == first.figures
     assert any("begun anew" in text and "SHA-256" in text for text in heard)
+
+
+def test_what_a_row_of_a_shared_folder_was_resumed_from_is_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[int] = []
+    save = RunFolder.save
+    monkeypatch.setattr("rfa_fast.methods.loop.CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(
+        RunFolder, "save", lambda folder, state, tensors: (saved.append(1), save(folder, state, tensors))
+    )
+    run = scenario_run(tiny(), "class:b", output=tmp_path, shared=True)
+    run.unlearned(Method("RFA", {"targets": ["fc"], "rank": 1, "lr": 1e-3, "batch_size": 12, "seed": 0}))
+    assert saved
+    assert list((tmp_path / "runs").iterdir()) == []
 
 
 def test_the_peak_of_a_run_that_was_over_before_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

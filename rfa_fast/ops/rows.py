@@ -70,7 +70,17 @@ def picks(rows: Tensor) -> bool:
         >>> picks(torch.zeros(1))
         True
     """
-    return rows.device.type == "cpu" and not torch.compiler.is_compiling()
+    return eager_on_cpu(rows)
+
+
+def eager_on_cpu(tensor: Tensor) -> bool:
+    """Whether what is computed with this tensor runs on a CPU, operator by operator.
+
+    Example:
+        >>> eager_on_cpu(torch.zeros(1)), eager_on_cpu(torch.zeros(1, device="meta"))
+        (True, False)
+    """
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def unit_sums(per_row: Tensor, unit_rows: int) -> Tensor:
