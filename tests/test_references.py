@@ -156,6 +156,52 @@ def test_earlier_predictions_stand_in_for_the_retrained_model():
         metrics.evaluate_split(model, relabelled, references=metrics.References(retrained_predictions=known))
 
 
+def test_kept_outputs_spare_the_references_their_forward_for_the_next_model():
+    retrained, original, untrained = Fixed(B), Fixed([[0.5, 0.5]] * 3), Fixed([[0.9, 0.1]] * 3)
+    others = (retrained, original, untrained)
+    text = (torch.tensor([[2, 0]]), torch.tensor([[0, 0]]))
+    subsets = {"D_r": entries([0, 1], [2]), "D_f": [*TEXTS, text]}
+    kept = metrics.KeptOutputs()
+
+    def figures(model: Fixed, kept: metrics.KeptOutputs | None) -> tuple[dict[str, float], list[int]]:
+        for each in (model, *others):
+            each.logits, each.calls = each.logits.clamp(min=-20), 0
+        references = metrics.References(
+            retrained, original=original, incompetent=untrained, layers=["inner"], feature_items=2, kept=kept
+        )
+        found = metrics.evaluate_split(model, subsets, references=references, shift_labels=False).figures()
+        return found, [each.calls for each in others]
+
+    first = figures(Fixed(A), kept)
+    # Features are of the first two items of a subset; ZRF of D_f alone.
+    assert first == (figures(Fixed(A), None)[0], [4, 2, 2])
+    second = Fixed([[0.3, 0.7], [0.6, 0.4], [0.1, 0.9]])
+    assert figures(second, kept) == (figures(second, None)[0], [0, 0, 0])
+    # Logits, of images (2, 2) and (1, 2), of tokens (5, 2) and (2, 2); features of each subset's first batch.
+    rows, features = 8 * (2 + 1 + 5 + 2) + 8 * (5 + 2), 2 * (8 * 2 + 8 * 6)
+    assert kept.nbytes == rows + features
+
+
+def test_what_does_not_fit_is_run_again_and_a_reference_that_is_measured_is_kept_from_its_own_pass():
+    retrained, subsets = Fixed(B), {"D_f": entries([0, 1], [2])}
+    small = metrics.KeptOutputs(budget=16)
+    for calls in (2, 1, 1):
+        retrained.calls = 0
+        found = metrics.evaluate_split(Fixed(A), subsets, references=metrics.References(retrained, kept=small))
+        assert found["D_f"].distances.activation == pytest.approx(sum(R) / 3, rel=1e-6)
+        assert (retrained.calls, small.nbytes) == (calls, 16)
+    kept = metrics.KeptOutputs()
+    for model, calls in ((retrained, 2), (Fixed(A), 0)):
+        retrained.calls = 0
+        metrics.evaluate_split(model, subsets, references=metrics.References(retrained, kept=kept))
+        assert retrained.calls == calls
+    other = {"D_f": entries([0, 1], labels=1)}
+    with pytest.raises(ValueError, match=r"^D_f: kept: got other labels in batch 0, expected the same items in the sa"):
+        metrics.evaluate_split(Fixed(A), other, references=metrics.References(retrained, kept=kept))
+    with pytest.raises(ValueError, match="budget: got -1, expected 0 bytes or more"):
+        metrics.KeptOutputs(-1)
+
+
 def test_features_of_the_first_items_only():
     model, original = Fixed([[0.5, 0.5]] * 3), Fixed([[0.5, 0.5], [0.25, 0.75], [0.1, 0.9]])
     references = metrics.References(original=original, layers=["inner"], feature_items=2)

@@ -28,7 +28,7 @@ from rfa_fast.experiments.measuring import bar as bar
 from rfa_fast.experiments.measuring import thinned as thinned
 from rfa_fast.methods import method_settings, train, unlearn
 from rfa_fast.methods.checkpoint import RunFolder
-from rfa_fast.metrics import Predictions, SplitResult, evaluate_split, feature_distance, measure
+from rfa_fast.metrics import KeptOutputs, Predictions, SplitResult, evaluate_split, feature_distance, measure
 from rfa_fast.report import Example, MethodRow, Scenario
 
 
@@ -145,6 +145,7 @@ class ScenarioRun:
         self.output, self.say, self.progress = output, say, progress
         self.measures, self.shared = measures, shared
         self._known: Mapping[str, Predictions] | None = None
+        self._kept = KeptOutputs() if experiment.kind == "language" else None  # classifications have `known`
         self.name = slug(f"{split.scenario} {split.target}")
         self.subsets = split.named(experiment.train, experiment.test)
         if output is not None:
@@ -195,6 +196,7 @@ class ScenarioRun:
             options = dict(method.options)
             if self.measures is not None and self.measures.lasting and options.get("method", "rfa") == "rfa":
                 options["merge"] = False  # with live adapters there are more states to look at
+            kept = 0 if self._kept is None else self._kept.nbytes
             with measure() as cost:
                 result = unlearn(
                     model, forget if method.repeat == 1 else Repeated(forget, method.repeat), self.subsets["D_r"],
@@ -205,7 +207,8 @@ class ScenarioRun:
             if result.rfa is not None:
                 result.rfa.merge()
             seconds = float(result.record["training"]["seconds"])
-            peak = None if over else cost.peak_bytes  # a run that was over before is only read here
+            # A run that was over before is only read here; what is kept for measuring is no part of any run.
+            peak = None if over or cost.peak_bytes is None else cost.peak_bytes - kept
             row = self._measured(model, seconds, method.label, peak, lasting)
             row = replace(row, losses=[_numbers(step) for step in result.history])
             if self.measures is not None:
@@ -308,7 +311,9 @@ class ScenarioRun:
         references = None
         if self.measures is not None:
             known = self.known if label != "Retrain" else dict  # what it predicts is about to be known
-            references = self.measures.references(lambda: self.original.model, lambda: self.retrain.model, known, seed)
+            references = self.measures.references(
+                lambda: self.original.model, lambda: self.retrain.model, known, seed, self._kept
+            )
         with bar(f"measure {label}", enabled=self.progress) as advance:
             result = evaluate_split(model, self._loaders(), references=references, progress=advance)
         if label == "Retrain" and self.experiment.kind != "language":

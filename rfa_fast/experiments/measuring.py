@@ -3,7 +3,8 @@
 A subset can be large (D_r is nine tenths of the training set) and a distance to a second model costs a second
 forward. So a pass may be limited to a number of samples, evenly spaced; it begins with those that feature
 distances are taken on, because these are kept to the first few hundred; and what the retrained classifier
-predicted is kept, so that it is run once per split and not once per method.
+predicted is kept, and of texts what both trained models gave as far as memory allows, so that they are run
+once per split and not once per method.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 from torch import nn
 from torch.utils.data import Subset
 
-from rfa_fast.metrics import METRICS, Cost, Predictions, References, SplitResult, read_metrics
+from rfa_fast.metrics import METRICS, Cost, KeptOutputs, Predictions, References, SplitResult, read_metrics
 from rfa_fast.metrics.meters import TokenReduction
 from rfa_fast.patching import RFA
 from rfa_fast.targets import select
@@ -77,6 +78,7 @@ class Measures:
         retrained: Callable[[], nn.Module],
         known: Callable[[], Mapping[str, Predictions]],
         seed: int,
+        kept: KeptOutputs | None = None,
     ) -> References:
         """The models that the metrics compare with; each is asked for only where one does.
 
@@ -84,6 +86,7 @@ class Measures:
             original, retrained: give the models.
             known: gives what the retrained classifier predicts on the measured subsets.
             seed: of the untrained model that ZRF compares with.
+            kept: what the three models gave on the measured subsets before.
         """
         base = original() if self.need("original") or self.need("layers") or self.need("incompetent") else None
         predictions: Mapping[str, Predictions] = {}
@@ -97,6 +100,7 @@ class Measures:
             layers=adapted_layers(base) if self.need("layers") and base is not None else (),
             tokens=self.tokens,
             feature_items=FEATURE_ITEMS,
+            kept=kept,
         )
 
     def figures(self, result: SplitResult, seconds: float, peak_bytes: int | None, seed: int) -> dict[str, float]:

@@ -11,6 +11,7 @@ from rfa_fast.metrics.cost import Cost, measure
 from rfa_fast.metrics.distance import activation_distance, feature_distance, zero_retrain_forgetting
 from rfa_fast.metrics.evaluate import SplitResult, SubsetResult, evaluate_split
 from rfa_fast.metrics.forecast import Forecast, forecast_step
+from rfa_fast.metrics.kept import KeptOutputs
 from rfa_fast.metrics.language import answer_accuracy, generate_text, perplexity, token_accuracy
 from rfa_fast.metrics.live_storage import LiveStorage, Storage, live_storage
 from rfa_fast.metrics.membership import MembershipAttack, membership_attack, membership_auc, membership_inference
@@ -26,6 +27,7 @@ __all__ = [
     "Cost",
     "Distances",
     "Forecast",
+    "KeptOutputs",
     "LiveStorage",
     "MembershipAttack",
     "Metric",

@@ -1,9 +1,10 @@
 """Figures that compare a model with a second one, taken during the pass that is under way anyway.
 
 Activation distance and ZRF need a second model's outputs, feature distance its layers. Each second
-model costs one forward per batch and no pass of its own over the data. Two things save more: a
-reference that is the measured model itself is not run again, and what a retrained classifier
-predicted in an earlier :func:`~rfa_fast.metrics.evaluate.evaluate_split` can be given in its place.
+model costs one forward per batch and no pass of its own over the data. Three things save more: a
+reference that is the measured model itself is not run again, what a retrained classifier predicted
+in an earlier :func:`~rfa_fast.metrics.evaluate.evaluate_split` can be given in its place, and what
+the references gave on the batches of one pass can be kept for the passes of the next model.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from rfa_fast.metrics import passes
 from rfa_fast.metrics.distance import check_called, layer_names
+from rfa_fast.metrics.kept import KeptOutputs, Outputs, Role
 from rfa_fast.metrics.meters import (
     ActivationMeter,
     DivergenceMeter,
@@ -44,6 +46,7 @@ class References:
             :func:`~rfa_fast.metrics.distance.feature_distance`.
         feature_items: feature distance is of the loader's first so many items, whole batches; `None`: of all.
         zrf_subsets: the subsets that ZRF is taken on; it is meant for the forgotten ones.
+        kept: what these models gave on the same subsets before, and gives now.
 
     Raises:
         ValueError: an unknown reduction or norm, or a count below 1.
@@ -62,6 +65,7 @@ class References:
     norm: FeatureNorm = "l2"
     feature_items: int | None = None
     zrf_subsets: Sequence[str] = ("D_f", "D_ft")
+    kept: KeptOutputs | None = None
 
     def __post_init__(self) -> None:
         check_choice("tokens", self.tokens, TokenReduction)
@@ -117,15 +121,11 @@ class Comparison:
     """
 
     def __init__(self, references: References, model: nn.Module, subset: str) -> None:
-        self._model, self._wanted = model, references
+        self._model, self._wanted, self._subset = model, references, subset
         named = {"retrained": references.retrained, "original": references.original}
         with_features = {which: other for which, other in named.items() if other is not None}
         self._layers = layer_names(references.layers, model=model, **with_features) if with_features else []
-        self._features = {
-            which: (other, FeatureMeter(self._layers, references.norm))
-            for which, other in with_features.items()
-            if self._layers
-        }
+        self._features = {which: FeatureMeter(self._layers, references.norm) for which in with_features if self._layers}
         self._known = references.retrained_predictions.get(subset)
         self._activation = ActivationMeter(references.tokens)
         self._zrf = (
@@ -136,8 +136,7 @@ class Comparison:
     @property
     def models(self) -> Sequence[nn.Module]:
         """The models that may be run."""
-        wanted = self._wanted
-        return [m for m in (wanted.retrained, wanted.original, wanted.incompetent) if m is not None]
+        return list(self._roles().values())
 
     def layers(self) -> Sequence[str]:
         """The layers, until enough items were seen."""
@@ -149,19 +148,18 @@ class Comparison:
         if features:
             check_called("model", features, batch)
         rows, _, item = passes.labelled_rows(logits, batch.labels, shift)
-        outputs: dict[str, Tensor] = {}
-        for which, (other, meter) in self._features.items():
-            if not features:
-                break
-            outputs[which], theirs = self._run(which, other, batch, logits, features)
-            meter.add(features, theirs, batch)
-        retrained, incompetent = self._wanted.retrained, self._wanted.incompetent
-        if retrained is not None and not self._reads_known(batch):
-            found = outputs["retrained"] if "retrained" in outputs else self._run("", retrained, batch, logits, {})[0]
-            self._activation.add(rows, passes.labelled_rows(found, batch.labels, shift)[0], item, batch)
-        if self._zrf is not None and incompetent is not None:
-            found = self._run("", incompetent, batch, logits, {})[0]
-            self._zrf.add(rows, passes.labelled_rows(found, batch.labels, shift)[0], item, batch)
+        mine = Outputs(rows, features)
+        for role, other in self._roles().items():
+            meter = self._features.get(role) if features else None
+            by_rows = self._compared_by_rows(role, batch)
+            if meter is None and by_rows is None:
+                continue
+            names = tuple(features) if meter is not None else ()
+            theirs = self._outputs(role, other, batch, mine, names, rows=by_rows is not None, shift=shift)
+            if meter is not None:
+                meter.add(features, theirs.features, batch)
+            if by_rows is not None and theirs.rows is not None:
+                by_rows.add(rows, theirs.rows, item, batch)
         self._items += len(batch.labels)
 
     def result(self, predictions: Predictions) -> Distances:
@@ -179,24 +177,54 @@ class Comparison:
             self._add_known(predictions, self._known)
         if read_known or self._wanted.retrained is not None:
             plain, squared = self._activation.value(), self._activation.value(squared=True)
-        found = {which: meter.value() for which, (_, meter) in self._features.items()}
+        found = {which: meter.value() for which, meter in self._features.items()}
         zrf = None if self._zrf is None else 1.0 - self._zrf.value()
         return Distances(plain, squared, zrf, found.get("original"), found.get("retrained"))
 
-    def _reads_known(self, batch: Batch) -> bool:
-        return self._known is not None and batch.labels.ndim == 1
+    def _roles(self) -> dict[Role, nn.Module]:
+        """The models to compare with, by what they are."""
+        wanted = self._wanted
+        named: dict[Role, nn.Module | None] = {
+            "original": wanted.original, "retrained": wanted.retrained, "incompetent": wanted.incompetent,
+        }  # fmt: skip
+        return {role: model for role, model in named.items() if model is not None}
 
-    def _run(
-        self, which: str, other: nn.Module, batch: Batch, logits: Tensor, features: dict[str, list[Tensor]]
-    ) -> tuple[Tensor, dict[str, list[Tensor]]]:
-        """Logits of another model, and the outputs of the same layers in it."""
+    def _compared_by_rows(self, role: Role, batch: Batch) -> ActivationMeter | DivergenceMeter | None:
+        """What adds up the distance to a model's probabilities on this batch, if anything does."""
+        if role == "incompetent":
+            return self._zrf
+        reads_known = self._known is not None and batch.labels.ndim == 1
+        return self._activation if role == "retrained" and not reads_known else None
+
+    def _outputs(
+        self,
+        role: Role,
+        other: nn.Module,
+        batch: Batch,
+        mine: Outputs,
+        layers: Sequence[str],
+        *,
+        rows: bool,
+        shift: bool,
+    ) -> Outputs:
+        """What another model gives on a batch: kept, the measured model's own, or run."""
+        kept = self._wanted.kept
+        if kept is not None:
+            found = kept.get(role, self._subset, batch, rows=rows, layers=layers)
+            if found is not None:
+                return found
         if other is self._model:
-            return logits, features
-        theirs: dict[str, list[Tensor]] = {name: [] for name in features}
-        with passes.captured(other, theirs, theirs):
-            found = passes.forward(other, batch, passes.device_of(other))
-        check_called(which, theirs, batch)
-        return found, theirs
+            given = mine
+        else:
+            theirs: dict[str, list[Tensor]] = {name: [] for name in layers}
+            with passes.captured(other, theirs, theirs):
+                logits = passes.forward(other, batch, passes.device_of(other))
+            check_called(role, theirs, batch)
+            given = Outputs(passes.labelled_rows(logits, batch.labels, shift)[0], theirs)
+        wanted = Outputs(given.rows if rows else None, {name: given.features[name] for name in layers})
+        if kept is not None:
+            kept.put(role, self._subset, batch, wanted)
+        return wanted
 
     def _add_known(self, mine: Predictions, known: Predictions) -> None:
         if mine.probabilities is None or known.probabilities is None or mine.labels is None or known.labels is None:
