@@ -59,9 +59,9 @@ def _lift(dtype: torch.dtype) -> float:
 
 
 def _rows_per_chunk(chunk_bytes: int, classes: int, dtype: torch.dtype) -> int:
-    """As many as fit; of more than 128 a multiple of it, which is what matrix products like."""
+    """As many as fit; of more than 64 a multiple of it, which is what matrix products like."""
     rows = max(1, chunk_bytes // (dtype.itemsize * classes))
-    return rows - rows % 128 if rows > 128 else rows
+    return rows - rows % 64 if rows > 64 else rows
 
 
 def _walk(
