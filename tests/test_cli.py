@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,13 @@ def test_help_names_commands_examples_and_defaults() -> None:
         assert word in detail, word
     assert run("--version").stdout == f"rfa-fast {__version__}\n"
     assert "did you mean" in run("unlern", code=2).output.lower()
+
+
+def test_the_package_runs_as_the_script_does(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr("sys.argv", ["python -m rfa_fast", "--version"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("rfa_fast", run_name="__main__")
+    assert (end.value.code, capsys.readouterr().out) == (0, f"rfa-fast {__version__}\n")
 
 
 def test_unlearn_a_class_from_a_transformers_folder(place: Path) -> None:
