@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rfa_fast.config import Backend, Norm
 from rfa_fast.kernels.conv2d_geometry import geometry, pair, resolve_padding
+from rfa_fast.objective import accumulation_dtype
 from rfa_fast.ops import backends
 
 Unit = Literal["row", "sample"]
@@ -79,8 +80,9 @@ def rfa_linear(
         bias: `(N,)` or `None`.
         scale: s.
         group: int8 codes over the leading axes of `x`, or only the first: 0 retain, 1 forget, −1 ignore.
-        target: x̃, broadcasts against `(…, N)`; `None`: the mean of the frozen output over all retain rows.
-        retain_target: x'_t of teacher mode, broadcasts against `(…, N)`.
+        target: x̃, broadcasts against `(…, N)`, in a dtype no wider than the sums' (fp32; float64 for a float64 `x`);
+            `None`: the mean of the frozen output over all retain rows.
+        retain_target: x'_t of teacher mode, likewise.
         norm: `"mse"` sums squares, `"l2"` the norm of each unit.
         unit: `"row"`, or `"sample"`: everything under one index of axis 0.
         emit_residual: also return Δ.
@@ -221,8 +223,8 @@ def rfa_conv2d(
         around = resolve_padding(padding, (weight.shape[2], weight.shape[3]), steps, spread)
         where = geometry(x, weight, steps, around, spread, groups)
         shape = (x.shape[0], outputs, where.out_height, where.out_width)
-        _check_target("target", target, shape)
-        _check_target("retain_target", retain_target, shape)
+        _check_target("target", target, shape, x)
+        _check_target("retain_target", retain_target, shape, x)
     chosen, _ = backends.select(backend, x)
     return RFAOutput(
         *backends.conv2d(
@@ -296,7 +298,7 @@ def rfa_head_loss(
     if tuple(group.shape) != (hidden.shape[0],):
         raise ValueError(f"group: got shape {tuple(group.shape)}, expected ({hidden.shape[0]},)")
     _check_group(group, (hidden.shape[0],), hidden.device)
-    _check_target("target", target, (weight.shape[0],))
+    _check_target("target", target, (weight.shape[0],), hidden)
     if chunk_bytes is None:
         chunk_bytes = CHUNK_BYTES_CPU if hidden.device.type == "cpu" else CHUNK_BYTES
     if chunk_bytes < 1:
@@ -330,8 +332,8 @@ def _check_linear(
         )
     leading = tuple(x.shape[:-1])
     _check_group(group, leading, x.device)
-    _check_target("target", target, (*leading, weight.shape[0]))
-    _check_target("retain_target", retain_target, (*leading, weight.shape[0]))
+    _check_target("target", target, (*leading, weight.shape[0]), x)
+    _check_target("retain_target", retain_target, (*leading, weight.shape[0]), x)
     if unit == "sample" and not leading:
         raise ValueError("unit: got 'sample' for a single row, expected x with a batch axis")
 
@@ -371,9 +373,16 @@ def _check_group(group: Tensor | None, leading: tuple[int, ...], device: torch.d
         )
 
 
-def _check_target(name: str, target: Tensor | None, shape: tuple[int, ...]) -> None:
+def _check_target(name: str, target: Tensor | None, shape: tuple[int, ...], x: Tensor) -> None:
+    """A target that is of no other device than x and of no dtype wider than the sums, which would become as wide."""
     if target is None:
         return
+    _check_float(**{name: target})
+    sums = accumulation_dtype(x.dtype)
+    if torch.promote_types(target.dtype, sums) != sums:
+        raise TypeError(f"{name}: got {target.dtype} beside x in {x.dtype}, expected at most {sums}, as the sums are")
+    if target.device != x.device:
+        raise ValueError(f"{name}: got device {target.device}, expected x's device {x.device}")
     own = tuple(target.shape)
     padded = (1,) * (len(shape) - len(own)) + own
     if len(own) > len(shape) or any(a not in (1, b) for a, b in zip(padded, shape, strict=True)):

@@ -165,6 +165,9 @@ def valid_arguments():
             ValueError,
             ["target", "(4,)", "(4, 5)"],
         ),
+        ({"target": torch.zeros(5, dtype=torch.float64)}, TypeError, ["target", "float64", "at most torch.float32"]),
+        ({"retain_target": torch.zeros(5, dtype=torch.int64)}, TypeError, ["retain_target", "int64", "floating"]),
+        ({"retain_target": torch.zeros(5, device="meta")}, ValueError, ["retain_target", "meta", "cpu"]),
         ({"norm": "l1"}, ValueError, ["norm", "'l1'", "'l2'"]),
         ({"unit": "token"}, ValueError, ["unit", "'token'", "'row'"]),
         ({"backend": "cuda"}, ValueError, ["backend", "'cuda'", "'torch'"]),
@@ -208,7 +211,16 @@ def test_wrong_arguments_of_the_convolution_and_the_head():
                 x, w, torch.zeros(6, 2, 3, 3), torch.zeros(6, 3, 1, 1), scale=1.0, groups=2,
                 group=torch.zeros(2, dtype=torch.int8), **{name: torch.zeros(1, 6, 3, 2)},
             )  # fmt: skip
+    with pytest.raises(
+        TypeError, match=r"^target: got torch.float64 beside x in torch.bfloat16, expected at most torch.f"
+    ):
+        rfa_conv2d(
+            x.bfloat16(), w.bfloat16(), torch.zeros(6, 2, 3, 3), torch.zeros(6, 3, 1, 1), scale=1.0, groups=2,
+            target=torch.zeros(1, dtype=torch.float64),
+        )  # fmt: skip
     hidden, head, group = torch.zeros(3, 4), torch.zeros(9, 4), torch.zeros(3, dtype=torch.int8)
+    with pytest.raises(TypeError, match=r"^target: got torch.float64 beside x in torch.float32"):
+        rfa_head_loss(hidden, head, torch.zeros(3, dtype=torch.int64), group, target=torch.zeros(9).double())
     with pytest.raises(TypeError, match="labels: got torch.int32"):
         rfa_head_loss(hidden, head, torch.zeros(3, dtype=torch.int32), group)
     with pytest.raises(ValueError, match=r"labels: got shape \(2,\)"):

@@ -58,6 +58,11 @@ class LoopOptions:
     rate: Callable[[int], float]
     save: Save
 
+    @property
+    def writes_all(self) -> bool:
+        """Whether a run leaves its record, its adapter and its last step, and not only what it is resumed from."""
+        return self.save == "all"
+
 
 class StopSignal:
     """Turns Ctrl-C into a flag, so that a step is never cut in two; a second one stops at once.
@@ -175,7 +180,7 @@ class Loop:
         if state.stopped is None:
             self._end()
             state.stopped = "finished"
-        if options.save == "all":
+        if options.writes_all:
             self.save()
 
     def prepare(self) -> None:

@@ -133,7 +133,7 @@ class Run:
                 loop.run(stop, report)
                 stop.closing = True
                 layers = method.layers()
-                whole = self.folder if self.options.save == "all" else None
+                whole = self.folder if self.options.writes_all else None
                 files = {} if whole is None else whole.replace_adapter(method.save)
                 rounding = method.merge(None if self.merge is True else self.merge) if self.merge else None
             except NonFiniteError as error:
@@ -173,7 +173,7 @@ class Run:
             with method.original():
                 state.metrics_before = finite_or_none(self._evaluate())
         loop.prepare()
-        if self.options.save == "all":
+        if self.options.writes_all:
             loop.save()
         return loop
 
@@ -209,7 +209,7 @@ class Run:
             merge_rounding=rounding,
             files=files,
         )  # fmt: skip
-        if self.options.save == "all":
+        if self.options.writes_all:
             record = self._write(record)
         there = None if loop.saved_step is None else self._path()
         return UnlearnResult(self.model, method.handle, loop.history, record, there, str(state.stopped))
