@@ -349,10 +349,14 @@ def _check_operands(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, bias: Tenso
     for name, tensor in (("weight", weight), ("lora_a", a), ("lora_b", b)):
         if tensor.ndim != ndim:
             raise ValueError(f"{name}: got {tensor.ndim} axes, expected {ndim}")
-        if tensor.device != x.device:
-            raise ValueError(f"{name}: got device {tensor.device}, expected x's device {x.device}")
+        _check_device(name, tensor, x.device)
     if bias is not None and tuple(bias.shape) != (weight.shape[0],):
         raise ValueError(f"bias: got shape {tuple(bias.shape)}, expected ({weight.shape[0]},)")
+
+
+def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise ValueError(f"{name}: got device {tensor.device}, expected x's device {device}")
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -365,8 +369,7 @@ def _check_group(group: Tensor | None, leading: tuple[int, ...], device: torch.d
         return
     if group.dtype != torch.int8:
         raise TypeError(f"group: got {group.dtype}, expected torch.int8 (0 retain, 1 forget, -1 ignore)")
-    if group.device != device:
-        raise ValueError(f"group: got device {group.device}, expected x's device {device}")
+    _check_device("group", group, device)
     if group.ndim < 1 or tuple(group.shape) != leading[: group.ndim]:
         raise ValueError(
             f"group: got shape {tuple(group.shape)}, expected {leading} or ({leading[0] if leading else 1},)"
@@ -381,8 +384,7 @@ def _check_target(name: str, target: Tensor | None, shape: tuple[int, ...], x: T
     sums = accumulation_dtype(x.dtype)
     if torch.promote_types(target.dtype, sums) != sums:
         raise TypeError(f"{name}: got {target.dtype} beside x in {x.dtype}, expected at most {sums}, as the sums are")
-    if target.device != x.device:
-        raise ValueError(f"{name}: got device {target.device}, expected x's device {x.device}")
+    _check_device(name, target, x.device)
     own = tuple(target.shape)
     padded = (1,) * (len(shape) - len(own)) + own
     if len(own) > len(shape) or any(a not in (1, b) for a, b in zip(padded, shape, strict=True)):

@@ -29,6 +29,7 @@ from rfa_fast.experiments.measuring import thinned as thinned
 from rfa_fast.methods import method_settings, train, unlearn
 from rfa_fast.methods.checkpoint import RunFolder
 from rfa_fast.metrics import KeptOutputs, Predictions, SplitResult, evaluate_split, feature_distance, measure
+from rfa_fast.metrics.kept import KEPT_BYTES
 from rfa_fast.report import Example, MethodRow, Scenario
 
 
@@ -145,7 +146,7 @@ class ScenarioRun:
         self.output, self.say, self.progress = output, say, progress
         self.measures, self.shared = measures, shared
         self._known: Mapping[str, Predictions] | None = None
-        self._kept = KeptOutputs() if experiment.kind == "language" else None  # classifications have `known`
+        self._kept = KeptOutputs(KEPT_BYTES if experiment.kind == "language" else 0)  # classifications have `known`
         self.name = slug(f"{split.scenario} {split.target}")
         self.subsets = split.named(experiment.train, experiment.test)
         if output is not None:
@@ -196,7 +197,7 @@ class ScenarioRun:
             options = dict(method.options)
             if self.measures is not None and self.measures.lasting and options.get("method", "rfa") == "rfa":
                 options["merge"] = False  # with live adapters there are more states to look at
-            kept = 0 if self._kept is None else self._kept.nbytes
+            kept = self._kept.nbytes
             with measure() as cost:
                 result = unlearn(
                     model, forget if method.repeat == 1 else Repeated(forget, method.repeat), self.subsets["D_r"],

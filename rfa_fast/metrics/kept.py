@@ -45,7 +45,7 @@ class KeptOutputs:
     recognised by its subset, its place and its labels. What does not fit is run again.
 
     Args:
-        budget: bytes held at most, on the devices of the models.
+        budget: bytes held at most, on the devices of the models; 0 holds nothing.
 
     Raises:
         ValueError: a budget below 0.

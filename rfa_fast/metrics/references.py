@@ -122,10 +122,14 @@ class Comparison:
 
     def __init__(self, references: References, model: nn.Module, subset: str) -> None:
         self._model, self._wanted, self._subset = model, references, subset
-        named = {"retrained": references.retrained, "original": references.original}
-        with_features = {which: other for which, other in named.items() if other is not None}
+        named: dict[Role, nn.Module | None] = {
+            "original": references.original, "retrained": references.retrained, "incompetent": references.incompetent,
+        }  # fmt: skip
+        self._others = {role: other for role, other in named.items() if other is not None}
+        with_features = {role: other for role, other in self._others.items() if role != "incompetent"}
         self._layers = layer_names(references.layers, model=model, **with_features) if with_features else []
-        self._features = {which: FeatureMeter(self._layers, references.norm) for which in with_features if self._layers}
+        compared = with_features if self._layers else ()
+        self._features: dict[Role, FeatureMeter] = {r: FeatureMeter(self._layers, references.norm) for r in compared}
         self._known = references.retrained_predictions.get(subset)
         self._activation = ActivationMeter(references.tokens)
         self._zrf = (
@@ -136,7 +140,7 @@ class Comparison:
     @property
     def models(self) -> Sequence[nn.Module]:
         """The models that may be run."""
-        return list(self._roles().values())
+        return list(self._others.values())
 
     def layers(self) -> Sequence[str]:
         """The layers, until enough items were seen."""
@@ -149,13 +153,13 @@ class Comparison:
             check_called("model", features, batch)
         rows, _, item = passes.labelled_rows(logits, batch.labels, shift)
         mine = Outputs(rows, features)
-        for role, other in self._roles().items():
+        for role in self._others:
             meter = self._features.get(role) if features else None
             by_rows = self._compared_by_rows(role, batch)
             if meter is None and by_rows is None:
                 continue
             names = tuple(features) if meter is not None else ()
-            theirs = self._outputs(role, other, batch, mine, names, rows=by_rows is not None, shift=shift)
+            theirs = self._outputs(role, batch, mine, names, rows=by_rows is not None, shift=shift)
             if meter is not None:
                 meter.add(features, theirs.features, batch)
             if by_rows is not None and theirs.rows is not None:
@@ -177,17 +181,9 @@ class Comparison:
             self._add_known(predictions, self._known)
         if read_known or self._wanted.retrained is not None:
             plain, squared = self._activation.value(), self._activation.value(squared=True)
-        found = {which: meter.value() for which, meter in self._features.items()}
+        found = {role: meter.value() for role, meter in self._features.items()}
         zrf = None if self._zrf is None else 1.0 - self._zrf.value()
         return Distances(plain, squared, zrf, found.get("original"), found.get("retrained"))
-
-    def _roles(self) -> dict[Role, nn.Module]:
-        """The models to compare with, by what they are."""
-        wanted = self._wanted
-        named: dict[Role, nn.Module | None] = {
-            "original": wanted.original, "retrained": wanted.retrained, "incompetent": wanted.incompetent,
-        }  # fmt: skip
-        return {role: model for role, model in named.items() if model is not None}
 
     def _compared_by_rows(self, role: Role, batch: Batch) -> ActivationMeter | DivergenceMeter | None:
         """What adds up the distance to a model's probabilities on this batch, if anything does."""
@@ -197,34 +193,25 @@ class Comparison:
         return self._activation if role == "retrained" and not reads_known else None
 
     def _outputs(
-        self,
-        role: Role,
-        other: nn.Module,
-        batch: Batch,
-        mine: Outputs,
-        layers: Sequence[str],
-        *,
-        rows: bool,
-        shift: bool,
+        self, role: Role, batch: Batch, mine: Outputs, layers: Sequence[str], *, rows: bool, shift: bool
     ) -> Outputs:
         """What another model gives on a batch: kept, the measured model's own, or run."""
-        kept = self._wanted.kept
+        other, kept = self._others[role], self._wanted.kept
         if kept is not None:
             found = kept.get(role, self._subset, batch, rows=rows, layers=layers)
             if found is not None:
                 return found
         if other is self._model:
-            given = mine
+            given = Outputs(mine.rows if rows else None, {name: mine.features[name] for name in layers})
         else:
             theirs: dict[str, list[Tensor]] = {name: [] for name in layers}
             with passes.captured(other, theirs, theirs):
                 logits = passes.forward(other, batch, passes.device_of(other))
             check_called(role, theirs, batch)
-            given = Outputs(passes.labelled_rows(logits, batch.labels, shift)[0], theirs)
-        wanted = Outputs(given.rows if rows else None, {name: given.features[name] for name in layers})
+            given = Outputs(passes.labelled_rows(logits, batch.labels, shift)[0] if rows else None, theirs)
         if kept is not None:
-            kept.put(role, self._subset, batch, wanted)
-        return wanted
+            kept.put(role, self._subset, batch, given)
+        return given
 
     def _add_known(self, mine: Predictions, known: Predictions) -> None:
         if mine.probabilities is None or known.probabilities is None or mine.labels is None or known.labels is None:
