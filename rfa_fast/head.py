@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rfa_fast.forwards import in_front
 from rfa_fast.functional import HeadLoss, rfa_head_loss
 from rfa_fast.groups import Batch, GroupContext
 from rfa_fast.modules import RFALayer
@@ -227,11 +228,8 @@ def standing_aside(head: nn.Linear) -> Iterator[list[Tensor]]:
             captured.append(hidden)
         return hidden
 
-    object.__setattr__(head, "forward", pass_through)
-    try:
+    with in_front([head], [pass_through]):
         yield captured
-    finally:
-        object.__delattr__(head, "forward")
 
 
 def _token_rows(labels: Tensor, batch: Batch, shift: bool) -> tuple[Tensor, Tensor]:

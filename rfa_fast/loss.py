@@ -21,6 +21,7 @@ from rfa_fast.groups import Batch, GroupContext, LayerTerms, batch_of, make_batc
 from rfa_fast.head import check_labels, logits_and_task
 from rfa_fast.modules import RFALayer
 from rfa_fast.objective import RFALoss, accumulation_dtype, combine
+from rfa_fast.teacher import head_to_skip, record_teacher
 
 Inputs = Tensor | Mapping[str, Any]
 Means = Mapping[str, tuple[Tensor, Tensor]]
@@ -100,7 +101,7 @@ def evaluate(
     try:
         if context.config.mode == "teacher":
             args, kwargs = ((inputs,), {}) if isinstance(inputs, Tensor) else ((), inputs)
-            record_teacher(model, names, context, args, kwargs)
+            record_teacher(model, names, context, args, kwargs, head=head_to_skip(model, labels, context))
         task = logits_and_task(model, inputs, labels, batch, context, mean_prediction)
         retain, forget = alignment(names, context)
         losses = combine(
@@ -140,20 +141,6 @@ def alignment(names: Sequence[str], context: GroupContext) -> tuple[Tensor, Tens
     retain = sum((t.retain.to(wide) for t in terms[1:]), start=terms[0].retain.to(wide) + 0)
     forget = sum((t.forget.to(wide) for t in terms[1:]), start=terms[0].forget.to(wide) + 0)
     return retain, forget
-
-
-def record_teacher(
-    model: nn.Module, names: Sequence[str], context: GroupContext, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> None:
-    """Run the original model and note the features of the layers that are adapted."""
-    context.recording = True
-    try:
-        with torch.no_grad():
-            model(*args, **kwargs)
-    finally:
-        context.recording = False
-    context.check_calls(names)
-    context.calls = {}
 
 
 def remembered(layers: Mapping[str, RFALayer]) -> dict[str, tuple[Tensor, Tensor]]:

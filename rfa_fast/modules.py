@@ -28,6 +28,7 @@ from rfa_fast.objective import (
     units_and_elements,
     weight_norms,
 )
+from rfa_fast.ops.retain_rows import original_output
 
 
 class RFALayer(nn.Module):
@@ -64,7 +65,7 @@ class RFALayer(nn.Module):
         """y = x' + Δ; with a batch under way, also hand the alignment terms to the context."""
         context = self.rfa_context
         if context.recording:
-            feature: Tensor = self.rfa_original_class.forward(self, x)
+            feature = self._original(x, context)
             context.calls[self.rfa_name] = context.calls.get(self.rfa_name, 0) + 1
             context.teacher[self.rfa_name] = feature
             return feature
@@ -271,6 +272,16 @@ class RFALayer(nn.Module):
 
     def _from_rows(self, rows: Tensor) -> Tensor:
         return rows
+
+    def _original(self, x: Tensor, context: GroupContext) -> Tensor:
+        """x'_t: on a CPU, of a plain linear layer, as far as there are samples to retain."""
+        batch = context.batch
+        plain = self.rfa_original_class is nn.Linear and context.config.rows in ("auto", "batch")
+        if plain and not self.rfa_ambiguous and batch is not None:
+            output = original_output(x, self.weight, self.bias, batch.samples)
+            if output is not None:
+                return output
+        return self._frozen(x)
 
     def _frozen(self, x: Tensor) -> Tensor:
         frozen: Tensor = self.rfa_original_class.forward(self, x)

@@ -7,7 +7,6 @@ tied head) is remembered in the handle and undone by `merge` and `remove`.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,10 +28,10 @@ from rfa_fast.loss import (
     evaluate,
     keep,
     prepare,
-    record_teacher,
     remembered,
     token_units,
-)
+)  # fmt: skip
+from rfa_fast.merging import fold_into_weights, warn_of_rounding
 from rfa_fast.modules import RFALayer
 from rfa_fast.names import canonical_names
 from rfa_fast.objective import RFALoss, combine
@@ -41,6 +40,7 @@ from rfa_fast.prefix import Prefix
 from rfa_fast.ranks import fit_ranks
 from rfa_fast.swap import adapt, restore
 from rfa_fast.targets import Plan, Targets
+from rfa_fast.teacher import Teacher, record_teacher, retain_first
 from rfa_fast.undo import Undo
 
 
@@ -138,6 +138,7 @@ class RFA:
             raise
         self._undo.forbid_in_place()
         self._prefix = Prefix(model, plan.blocks, self.names)
+        self._teacher = Teacher(model, plan.blocks, self._prefix.names)
         model.eval()
 
     def parameters(self) -> list[nn.Parameter]:
@@ -231,7 +232,8 @@ class RFA:
         self._check_live()
         self._check_enabled()
         batch = prepare(self.config, inputs, labels, forget, valid, self._device())
-        with self._one_at_a_time(), eval_behaviour(self.model), self._prefix.shared(self._context):
+        inputs, labels, batch = retain_first(self._context, inputs, labels, batch)
+        with self._one_batch(), self._prefix.shared(self._context):
             found = evaluate(
                 self.model, self.names, self._context, inputs, labels, batch, remembered(self.layers),
                 self._context.mean_prediction,
@@ -269,7 +271,7 @@ class RFA:
         if self.config.mode == "teacher":
             hook = self.model.register_forward_pre_hook(self._before_student, with_kwargs=True)
         try:
-            with self._one_at_a_time(), eval_behaviour(self.model), self._prefix.shared(self._context):
+            with self._one_batch(), self._prefix.shared(self._context):
                 self._context.begin(batch, remembered(self.layers))
                 yield
         finally:
@@ -341,30 +343,11 @@ class RFA:
         self._check_live()
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise TypeError(f"dtype: got {dtype}, expected a floating-point dtype")
-        with torch.no_grad():
-            for name, layer in self.layers.items():
-                if not bool(torch.isfinite(layer.delta_weight()).all()):
-                    raise FloatingPointError(
-                        f"layer {name!r}: got NaN or infinity in its adapters, expected finite ones"
-                    )
-            lost: dict[str, float] = {}
-            for name, layer in self.layers.items():
-                change = layer.delta_weight()
-                exact = layer.weight.to(change.dtype) + change
-                merged = exact.to(dtype or layer.weight.dtype)
-                size = float(torch.linalg.vector_norm(change))
-                lost[name] = float(torch.linalg.vector_norm(merged.to(change.dtype) - exact)) / size if size else 0.0
-                layer.weight.data = merged
+        lost = fold_into_weights(self.layers, dtype)
         self._restore(keep_untied=True)
         if dtype is not None:
             self.model.to(dtype)
-        worst = max(lost, key=lambda name: lost[name])
-        if lost[worst] > 0.1:
-            warnings.warn(
-                f"merge: rounding into {self.layers[worst].weight.dtype} lost {lost[worst]:.0%} of the change "
-                f"of {worst!r}, which can undo the forgetting; merge(dtype=torch.float32) keeps it",
-                stacklevel=2,
-            )
+        warn_of_rounding(self.layers, lost)
         return lost
 
     def remove(self) -> None:
@@ -390,10 +373,12 @@ class RFA:
             record_teacher(self.model, self.names, self._context, args, kwargs)
 
     @contextmanager
-    def _one_at_a_time(self) -> Iterator[None]:
+    def _one_batch(self) -> Iterator[None]:
+        """Everything a batch runs in, but for the prefix, which may answer from a cache."""
         if self._context.batch is not None:
             raise ValueError("groups: got a second batch while one is under way, expected one at a time")
-        yield
+        with eval_behaviour(self.model), self._teacher.retain_alone(self._context):
+            yield
 
     def _check_enabled(self) -> None:
         if not self._context.enabled:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rfa_fast.forwards import in_front
 from rfa_fast.groups import GroupContext
 
 
@@ -75,7 +76,7 @@ class Prefix:
             functions = [self._answering(i, block.forward, context) for i, block in enumerate(self._blocks)]
             self._functions = own, functions
         try:
-            with self._in_front(functions):
+            with in_front(self._blocks, functions):
                 yield
         finally:
             context.prefix_outputs = {}
@@ -114,23 +115,8 @@ class Prefix:
         def answer(*_: Any, **__: Any) -> Any:
             return context.prefix_output
 
-        with self._in_front([answer] * len(self._blocks)):
+        with in_front(self._blocks, [answer] * len(self._blocks)):
             yield
-
-    @contextmanager
-    def _in_front(self, functions: Sequence[Callable[..., Any]]) -> Iterator[None]:
-        """Put functions in front of the blocks' forward."""
-        own = [block.__dict__.get("forward") for block in self._blocks]
-        for block, function in zip(self._blocks, functions, strict=True):
-            object.__setattr__(block, "forward", function)
-        try:
-            yield
-        finally:
-            for block, before in zip(self._blocks, own, strict=True):
-                if before is None:
-                    object.__delattr__(block, "forward")
-                else:
-                    object.__setattr__(block, "forward", before)
 
     def _answering(self, index: int, original: Callable[..., Any], context: GroupContext) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:

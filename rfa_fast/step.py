@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from rfa_fast.compiler import compiler_settings
 from rfa_fast.groups import Batch, WholeBatch
 from rfa_fast.head import labelled_rows, output_layer, standing_aside
-from rfa_fast.loss import Evaluation, Inputs, eval_behaviour, evaluate, prepare, remembered
+from rfa_fast.loss import Evaluation, Inputs, evaluate, prepare, remembered
 from rfa_fast.objective import FORGET, RETAIN, RFALoss
 from rfa_fast.patching import RFA
 from rfa_fast.prefix_cache import PrefixCache, sample_keys
+from rfa_fast.teacher import retain_first
 
 Memory = dict[str, tuple[Tensor, Tensor]]
 
@@ -195,9 +196,9 @@ class Step:
     def _part(self, inputs: Inputs, labels: Tensor, batch: Batch) -> Evaluation:
         """Forward and backward of one part."""
         rfa, context = self.rfa, self.rfa._context
+        inputs, labels, batch = retain_first(context, inputs, labels, batch)
         with ExitStack() as stack:
-            stack.enter_context(rfa._one_at_a_time())
-            stack.enter_context(eval_behaviour(rfa.model))
+            stack.enter_context(rfa._one_batch())
             stack.enter_context(self._autocast())
             output = self._prefix_output(inputs, batch.size)
             if output is not None:

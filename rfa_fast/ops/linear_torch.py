@@ -9,7 +9,6 @@ sums in fp32 (fp64 for fp64). The derivative, with h = x Aᵀ, s the scale, w th
 
 from __future__ import annotations
 
-import mmap
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ from torch.nn import functional as F
 
 from rfa_fast.config import Norm
 from rfa_fast.objective import FORGET, RETAIN, accumulation_dtype, group_mean
+from rfa_fast.ops.retain_rows import places, retain_rows
 from rfa_fast.ops.rows import (
     autocast,
     eager_on_cpu,
@@ -79,57 +79,6 @@ def add_product(base: Tensor, left: Tensor, right: Tensor) -> Tensor:
         return base.addmm_(left, right)
     _add_product(base, left, right)
     return base
-
-
-def _fresh(like: Tensor) -> Tensor:
-    """Memory for a CPU tensor that no earlier tensor had: its pages are there once they are written to."""
-    size = like.numel() * like.element_size()
-    if size < mmap.PAGESIZE:
-        return torch.empty_like(like, memory_format=torch.contiguous_format)
-    return torch.frombuffer(mmap.mmap(-1, size), dtype=like.dtype).view(like.shape)
-
-
-@torch.library.custom_op("rfa_fast::retain_rows", mutates_args=())
-def _retain_rows(values: Tensor, group: Tensor) -> Tensor:
-    first = _fresh(values)
-    rows = (group == RETAIN).nonzero().squeeze(1)
-    torch.index_select(values, 0, rows, out=first[: rows.shape[0]])
-    return first
-
-
-@_retain_rows.register_fake
-def _(values: Tensor, group: Tensor) -> Tensor:
-    return torch.empty_like(values, memory_format=torch.contiguous_format)
-
-
-def retain_rows(values: Tensor, group: Tensor) -> Tensor:
-    """The retain rows of `values` `(M, N)`, in their order: what is kept of a teacher's feature for the backward.
-
-    Where there is none, one other row, so that there is one to address.
-
-    In a compiled graph, where no shape may depend on a value, they come first in a tensor of M rows, and the rows
-    behind them are not written: no page of a large tensor is there before it is written to. They must not be read.
-
-    Example:
-        >>> retain_rows(torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([0, 1, 0], dtype=torch.int8))
-        tensor([[1.],
-                [3.]])
-    """
-    if torch.compiler.is_compiling():
-        rows: Tensor = _retain_rows(values, group)
-        return rows
-    rows = values[group == RETAIN]
-    return rows if rows.shape[0] else values[:1]
-
-
-def places(group: Tensor) -> Tensor:
-    """Where each retain row is in :func:`retain_rows`, `(M,)` int64; of any other row, some row that is there.
-
-    Example:
-        >>> places(torch.tensor([1, 0, -1, 0], dtype=torch.int8))
-        tensor([0, 0, 0, 1])
-    """
-    return ((group == RETAIN).cumsum(0) - 1).clamp(min=0)
 
 
 def losses(retain: Tensor, forget: Tensor, l2: bool, unit_rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
