@@ -17,6 +17,7 @@ from rfa_fast.experiments.cache import ModelCache, Trained, cache_folder, finger
 from rfa_fast.experiments.cells import CellStore
 from rfa_fast.experiments.common import Row
 from rfa_fast.experiments.comparison import Request
+from rfa_fast.experiments.measuring import measured_more
 from rfa_fast.experiments.models import minilm, seeded
 from rfa_fast.experiments.models import smollm2 as convert_smollm2
 
@@ -138,6 +139,34 @@ def test_a_damaged_row_is_said_to_be_and_recomputed(content: str, tmp_path: Path
     assert row.seconds == 1.0
     assert "computing it again" in heard[0]
     assert json.loads((tmp_path / "a-row.json").read_text())["settings"] == {"lr": 1}
+
+
+def measured(metrics: list[str], samples: int | None = None, lr: float = 1.0) -> dict[str, Any]:
+    return {"lr": lr, "measures": {"metrics": metrics, "samples": samples, "tokens": "mean"}}
+
+
+@pytest.mark.parametrize(
+    ("there", "used"),
+    [
+        (measured(["accuracy", "mia_svm", "zrf"]), True),
+        (measured(["mia_svm", "accuracy"]), True),
+        (measured(["accuracy", "mia_svm"], samples=50), False),
+        (measured(["accuracy", "mia_svm"], lr=2.0), False),
+        (measured(["mia_svm"]), False),
+        ({"lr": 1.0}, False),
+    ],
+)
+def test_a_row_with_more_measured_than_asked_for_is_read(there: dict[str, Any], used: bool, tmp_path: Path) -> None:
+    heard, wanted = Heard(), measured(["accuracy"])
+    store = CellStore(tmp_path, heard, keyed=True, holds=measured_more)
+    (tmp_path / "a-row-00000000.json").write_text("{")  # beside one that cannot be read
+    store.get("A row", there, Row, lambda: Row(1.0, {"D_f/accuracy": 0.5}, {}, {}))
+    assert store.has("A row", wanted, Row) is used
+    assert not store.has("Another row", wanted, Row)
+    row = store.get("A row", wanted, Row, lambda: Row(2.0, {}, {}, {}))
+    assert (row.seconds, store.computed) == ((1.0, False) if used else (2.0, True))
+    assert any("with more measured" in text for text in heard) is used
+    assert CellStore(tmp_path, silent, keyed=True).has("A row", wanted, Row) is not used
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from rfa_fast.files import made_once, write_atomically
 FORMAT = "rfa-fast row 1"
 
 Content = TypeVar("Content")
+Holds = Callable[[Mapping[str, Any], Mapping[str, Any]], bool]
 
 
 def slug(text: str) -> str:
@@ -40,13 +41,17 @@ class CellStore:
         say: is told which rows are read, and which are not trusted and why.
         keyed: rows of one name and several settings lie beside each other, as trained models do, and none is
             replaced by another. Without it a folder has one row of a name.
+        holds: of the settings of a row that lies there and those asked for: whether it is the same row, with more
+            measured than is asked for. `None`: only equal settings will do.
 
     Attributes:
         computed: whether the last row was computed here, rather than read.
     """
 
-    def __init__(self, folder: Path | None, say: Say = print, *, keyed: bool = False) -> None:
-        self.folder, self.say, self.keyed = folder, say, keyed
+    def __init__(
+        self, folder: Path | None, say: Say = print, *, keyed: bool = False, holds: Holds | None = None
+    ) -> None:
+        self.folder, self.say, self.keyed, self.holds = folder, say, keyed, holds
         self.computed = False
 
     def get(
@@ -85,9 +90,34 @@ class CellStore:
             if found is not None:
                 self.say(f"{name}: finished before, read from {path}")
             return found
-        if self.keyed and (others := len(list(path.parent.glob(f"{slug(name)}-????????.json")))):
-            self.say(f"{name}: {others} in {path.parent} are of other settings or seeds; computing this one")
+        others = self._others(name, path)
+        for other in others:
+            if (found := self._more(other, settings, kind)) is not None:
+                self.say(f"{name}: finished before with more measured, read from {other}")
+                return found
+        if others:
+            self.say(f"{name}: {len(others)} in {path.parent} are of other settings or seeds; computing this one")
         return None
+
+    def has(self, name: str, settings: Mapping[str, Any], kind: Callable[..., Any]) -> bool:
+        """Whether the row is there, and need not be computed; a file that turns out to be broken is found later."""
+        path = self.path(name, settings)
+        if path is None:
+            return False
+        return path.is_file() or any(
+            self._more(other, settings, kind) is not None for other in self._others(name, path)
+        )
+
+    def _others(self, name: str, path: Path) -> list[Path]:
+        """Rows of this name with other settings."""
+        return sorted(path.parent.glob(f"{slug(name)}-????????.json")) if self.keyed else []
+
+    def _more(self, path: Path, settings: Mapping[str, Any], kind: Callable[..., Content]) -> Content | None:
+        """The row in this file, if more was measured of it than these settings ask for."""
+        content = self._content(path, kind) if self.holds is not None else None
+        if content is None or self.holds is None or not self.holds(content["settings"], settings):
+            return None
+        return kind(**content["row"])
 
     def path(self, name: str, settings: Mapping[str, Any]) -> Path | None:
         """Where the row of this name and these settings is or would be; `None` where nothing is kept."""
@@ -95,7 +125,8 @@ class CellStore:
             return None
         return self.folder / (f"{slug(name)}-{settings_key(settings)[:8]}.json" if self.keyed else f"{slug(name)}.json")
 
-    def _read(self, path: Path, settings: Mapping[str, Any], kind: Callable[..., Content]) -> Content | None:
+    def _content(self, path: Path, kind: Callable[..., Any]) -> dict[str, Any] | None:
+        """Settings and figures in this file, if it is a row of this version."""
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, UnicodeDecodeError) as error:
@@ -104,6 +135,12 @@ class CellStore:
         names = {item.name for item in fields(kind)}  # type: ignore[arg-type]
         if not isinstance(content, dict) or content.get("format") != FORMAT or set(content.get("row", ())) != names:
             self.say(f"{path}: is no row of this version; computing it again")
+            return None
+        return content
+
+    def _read(self, path: Path, settings: Mapping[str, Any], kind: Callable[..., Content]) -> Content | None:
+        content = self._content(path, kind)
+        if content is None:
             return None
         if canonical(content["settings"]) != canonical(settings):
             self.say(f"{path}: was made by other settings; computing it again")

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from rfa_fast.data import Repeated, Split, collate, collate_text, validation_split
 from rfa_fast.experiments.cache import ModelCache, Say, Trained, fingerprint, labels_of, settings_key
 from rfa_fast.experiments.cells import CellStore, slug
-from rfa_fast.experiments.measuring import FEATURE_ITEMS, Measures, lasting_figures
+from rfa_fast.experiments.measuring import FEATURE_ITEMS, Measures, lasting_figures, measured_more
 from rfa_fast.experiments.measuring import bar as bar
 from rfa_fast.experiments.measuring import thinned as thinned
 from rfa_fast.methods import method_settings, train, unlearn
@@ -151,7 +151,8 @@ class ScenarioRun:
         self.subsets = split.named(experiment.train, experiment.test)
         if output is not None:
             split.save(output / "splits" / f"{self.name}-{split.digest()[:16]}.json")
-        self.cells = CellStore(None if output is None else output / "cells", say, keyed=shared)
+        cells = None if output is None else output / "cells"
+        self.cells = CellStore(cells, say, keyed=shared, holds=measured_more)
         self.measured = self.subsets if measures is None else {n: measures.subset(s) for n, s in self.subsets.items()}
 
     @cached_property
@@ -231,8 +232,7 @@ class ScenarioRun:
         """What of these rows is still to be computed: labels of rows, and of the trained models they would wait for."""
         settings = {label: self._baseline_settings(label) for label in baselines}
         settings |= {method.label: self._method_settings(method) for method in methods}
-        paths = {label: self.cells.path(f"{self.name}-{label}", found) for label, found in settings.items()}
-        rows = [label for label, path in paths.items() if path is None or not path.is_file()]
+        rows = [label for label, found in settings.items() if not self.cells.has(f"{self.name}-{label}", found, Row)]
         experiment, models = self.experiment, []
         for label, dataset in (("Original", experiment.train), ("Retrain", self.subsets["D_r"])):
             role = "original" if label == "Original" else f"retrain-{self.name}"

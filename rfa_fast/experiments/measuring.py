@@ -18,6 +18,7 @@ from typing import Any
 from torch import nn
 from torch.utils.data import Subset
 
+from rfa_fast.experiments.cache import canonical
 from rfa_fast.metrics import METRICS, Cost, KeptOutputs, Predictions, References, SplitResult, read_metrics
 from rfa_fast.metrics.meters import TokenReduction
 from rfa_fast.patching import RFA
@@ -26,6 +27,25 @@ from rfa_fast.targets import select
 _CONFIDENCES = 2000  # per group: enough for a histogram of 25 bins
 FEATURE_ITEMS = 512
 """Samples per subset for feature distance: the mean's error is then some 4 % of the spread."""
+
+
+def measured_more(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Whether the settings of a row differ from those asked for in holding more metrics, and in nothing else.
+
+    Example:
+        >>> wanted = {"seed": 0, "measures": {"metrics": ["accuracy"], "samples": None}}
+        >>> measured_more({**wanted, "measures": {"metrics": ["mia_svm", "accuracy"], "samples": None}}, wanted)
+        True
+        >>> measured_more({**wanted, "measures": {"metrics": ["accuracy"], "samples": 50}}, wanted)
+        False
+    """
+    ours, theirs = wanted.get("measures"), found.get("measures")
+    if not isinstance(ours, Mapping) or not isinstance(theirs, Mapping):
+        return False
+    if not set(ours["metrics"]) <= set(theirs.get("metrics", ())):
+        return False
+    same = {**found, "measures": {**theirs, "metrics": ours["metrics"]}}
+    return canonical(same) == canonical(wanted)
 
 
 @dataclass(frozen=True)
