@@ -47,6 +47,20 @@ def test_progress_lines_rate_and_remaining_time() -> None:
     ]
 
 
+def test_progress_lines_thin_out() -> None:
+    """A step a second for an hour: after 200 s the next line comes when a twentieth of the time has passed."""
+    times = iter(range(3601))
+    out = io.StringIO()
+    with ProgressReport("train", 3600, stream=out, every=10.0, clock=lambda: float(next(times))) as report:
+        for step in range(1, 3601):
+            report.step(step, loss=1.0, samples=1)
+    steps = [int(line.partition("step ")[2].partition("/")[0]) for line in out.getvalue().splitlines()]
+    assert steps[:20] == list(range(10, 201, 10))
+    assert steps[20:23] == [211, 223, 235]  # 210 / 20 = 10.5 s, 221 / 20 = 11.05, 232 / 20 = 11.6
+    assert 19 * 3600 / 20 <= steps[-2] < 3600
+    assert len(steps) < 90
+
+
 def test_progress_of_unknown_length_silent_and_on_a_terminal() -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:

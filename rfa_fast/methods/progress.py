@@ -1,8 +1,8 @@
 """What a run tells the person who waits for it: loss, rate and remaining time.
 
-On a terminal one bar that is redrawn in place; in a log file one line every few seconds, because a
-redrawn bar is unreadable there; with `enabled=False` nothing at all. Everything goes to standard
-error, so that a program's results stay alone on standard output.
+On a terminal one bar that is redrawn in place; in a log file, where a redrawn bar is unreadable, a line
+every few seconds, and the longer it takes the rarer; with `enabled=False` nothing at all. Everything goes
+to standard error, so that a program's results stay alone on standard output.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class ProgressReport:
         total: number of steps, `None` when it is not known.
         start: steps already done before this process (a resumed run), left out of the rate.
         enabled: `False` is silent.
-        every: seconds between two lines where there is no terminal.
+        every: seconds between two lines where there is no terminal; later a twentieth of the time it has taken.
         stream: where to write; standard error by default.
         clock: seconds that only grow; for tests.
 
@@ -93,7 +93,7 @@ class ProgressReport:
         of = "" if self.total is None else f"/{self.total}"
         remaining = "" if left is None else f", {_clock_face(left)} left"
         self._line = f"{self.label}: step {step}{of}, loss {loss:.4g}, {rate:,.0f} samples/s{remaining}"
-        if now - self._printed >= self.every:
+        if now - self._printed >= max(self.every, elapsed / 20):
             self._write(self._line)
             self._printed, self._line = now, None
 

@@ -9,14 +9,16 @@ more than a layer has) has no figures and a sentence that says why; the table go
 
 from __future__ import annotations
 
+import io
 import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import redirect_stderr
 from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import torch
 from torch.utils.data import Dataset, Subset
@@ -190,7 +192,7 @@ def compute(
         choice: what was asked for.
         jobs: processes at a time, each with as many threads as this one; 1 computes here.
         say: is told what happens, a sentence each.
-        progress: show bars; with several jobs none are shown.
+        progress: show bars; with several jobs, lines now and then.
         workshop: data already read.
 
     Raises:
@@ -198,7 +200,7 @@ def compute(
         OSError: the cache cannot be written.
     """
     if jobs > 1 and len(units) > 1:
-        _in_processes(units, choice, jobs, torch.get_num_threads(), say)
+        _in_processes(units, choice, jobs, torch.get_num_threads(), say, progress)
     shop = workshop or Workshop(choice, say=say, progress=progress)
     return {
         Place(unit.pair, unit.seed, scenario, unit.lasting): found
@@ -207,11 +209,11 @@ def compute(
     }
 
 
-def _in_processes(units: Sequence[Unit], choice: Choice, jobs: int, threads: int, say: Say) -> None:
+def _in_processes(units: Sequence[Unit], choice: Choice, jobs: int, threads: int, say: Say, progress: bool) -> None:
     """Have every unit computed by some process; what they found is on disk."""
     executor = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"))
     try:
-        waiting = {executor.submit(_work, unit, choice, threads): unit for unit in units}
+        waiting = {executor.submit(_work, unit, choice, threads, progress): unit for unit in units}
         for done in as_completed(waiting):
             unit = waiting[done]
             if not done.result():
@@ -221,17 +223,46 @@ def _in_processes(units: Sequence[Unit], choice: Choice, jobs: int, threads: int
         executor.shutdown(wait=True, cancel_futures=True)
 
 
-def _work(unit: Unit, choice: Choice, threads: int) -> bool:
+class Lines(io.TextIOBase):
+    """Standard error of one process among several: whole lines that say whose they are, and no terminal for bars.
+
+    Args:
+        stream: where they go.
+        whose: stands in brackets in front of each.
+
+    Example:
+        >>> lines = Lines(sys.stdout, "seed 0")
+        >>> lines.write("half a ") + lines.write("line\\nand ")
+        [seed 0] half a line
+        16
+    """
+
+    def __init__(self, stream: TextIO, whose: str) -> None:
+        self._stream, self._whose, self._begun = stream, whose, ""
+
+    def write(self, text: str) -> int:
+        """Hold back what is not ended yet."""
+        *lines, self._begun = (self._begun + text).split("\n")
+        self._stream.write("".join(f"[{self._whose}] {line}\n" for line in lines))
+        return len(text)
+
+    def flush(self) -> None:
+        """Hand on the ended lines."""
+        self._stream.flush()
+
+
+def _work(unit: Unit, choice: Choice, threads: int, progress: bool) -> bool:
     """One unit in a process of its own; false when it was interrupted, which an exception could not say whole."""
 
     def say(text: str) -> None:
-        sys.stderr.write(f"[{unit.pair}, seed {unit.seed}] {text}\n")
+        sys.stderr.write(f"{text}\n")
 
     torch.set_num_threads(threads)
-    try:
-        Workshop(choice, say=say, progress=False).compute(unit)
-    except KeyboardInterrupt:
-        return False
+    with redirect_stderr(Lines(sys.stderr, f"{unit.pair}, seed {unit.seed}")):
+        try:
+            Workshop(choice, say=say, progress=progress).compute(unit)
+        except KeyboardInterrupt:
+            return False
     return True
 
 
