@@ -157,12 +157,17 @@ def _scored_host(
     factor = torch.where(kept, 1.0, torch.where(forgotten, mass, 0.0))
     sums = torch.zeros(logits.shape[1], dtype=torch.float32, device=logits.device) if columns else None
     loss = torch.zeros(logits.shape[0], dtype=torch.float32, device=logits.device)
+    second: Tensor | None = None  # torch's own pass over a row takes max, sum and difference while it is in the cache
     for part, z in _blocks(logits, softcap):
         slope, chosen = _slope(z, softcap), Roles(kept[part], forgotten[part])
-        _, total, loss[part] = _exponentials(z, hits[part], chosen, soft_label, mass)
+        second = torch.empty_like(z) if second is None else second
+        log_p = torch.log_softmax(z, 1, out=second[: z.shape[0]])
+        each = torch.where(chosen.kept, -log_p.gather(1, hits[part]).squeeze(1), 0)
+        loss[part] = each if soft_label is None else torch.where(chosen.forgotten, -(log_p @ soft_label), each)
+        du = log_p.exp_()
         if sums is not None:
-            sums.addmv_(z.mT, kept[part] / total)
-        du = z.mul_((factor[part] / total)[:, None])
+            sums.addmv_(du.mT, chosen.kept.float())
+        du *= factor[part, None]
         _less_target(du, hits[part], chosen, soft_label, slope)
         if lift != 1.0:
             du *= lift
