@@ -40,7 +40,7 @@ from rfa_fast.prefix import Prefix
 from rfa_fast.ranks import fit_ranks
 from rfa_fast.swap import adapt, restore
 from rfa_fast.targets import Plan, Targets
-from rfa_fast.teacher import Teacher, record_teacher, retain_first
+from rfa_fast.teacher import Teacher, record_teacher
 from rfa_fast.undo import Undo
 
 
@@ -229,10 +229,9 @@ class RFA:
             >>> loss.retain_align.item()
             0.0
         """
-        self._check_live()
         self._check_enabled()
         batch = prepare(self.config, inputs, labels, forget, valid, self._device())
-        inputs, labels, batch = retain_first(self._context, inputs, labels, batch)
+        inputs, labels, batch = self._teacher.retain_first(self._context, inputs, labels, batch)
         with self._one_batch(), self._prefix.shared(self._context):
             found = evaluate(
                 self.model, self.names, self._context, inputs, labels, batch, remembered(self.layers),
@@ -262,7 +261,6 @@ class RFA:
             >>> total.ndim
             0
         """
-        self._check_live()
         self._check_enabled()
         tokens_by_input = getattr(self.model, "main_input_name", None) == "input_ids"
         by_token = token_units(self.config, tokens_by_input or (valid is not None and valid.ndim == 2))
@@ -292,9 +290,9 @@ class RFA:
         terms = combine(
             retain, forget, zero, zero, layers=len(self.names), gamma=self.config.gamma, weights=self.config.weights
         )
-        terms = mark(terms, self._context)
+        align = mark(terms, self._context).align
         self._context.clear()
-        return self.config.gamma / len(self.names) * terms.align
+        return self.config.gamma / len(self.names) * align
 
     def layer_losses(self) -> dict[str, LayerTerms]:
         """Retain and forget alignment of each adapted layer in the last loss."""
@@ -381,6 +379,7 @@ class RFA:
             yield
 
     def _check_enabled(self) -> None:
+        self._check_live()
         if not self._context.enabled:
             raise ValueError("RFA: got a loss inside disabled(), where there are no adapters; leave that context first")
 

@@ -27,7 +27,6 @@ from rfa_fast.loss import Evaluation, Inputs, evaluate, prepare, remembered
 from rfa_fast.objective import FORGET, RETAIN, RFALoss
 from rfa_fast.patching import RFA
 from rfa_fast.prefix_cache import PrefixCache, sample_keys
-from rfa_fast.teacher import retain_first
 
 Memory = dict[str, tuple[Tensor, Tensor]]
 
@@ -166,7 +165,6 @@ class Step:
             FloatingPointError: a gradient that is not finite, of this step or (on an accelerator) of the one before.
         """
         rfa, context = self.rfa, self.rfa._context
-        rfa._check_live()
         rfa._check_enabled()
         self._ask()
         device = rfa._device()
@@ -196,7 +194,7 @@ class Step:
     def _part(self, inputs: Inputs, labels: Tensor, batch: Batch) -> Evaluation:
         """Forward and backward of one part."""
         rfa, context = self.rfa, self.rfa._context
-        inputs, labels, batch = retain_first(context, inputs, labels, batch)
+        inputs, labels, batch = rfa._teacher.retain_first(context, inputs, labels, batch)
         with ExitStack() as stack:
             stack.enter_context(rfa._one_batch())
             stack.enter_context(self._autocast())

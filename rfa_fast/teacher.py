@@ -36,6 +36,7 @@ class Teacher:
 
     Attributes:
         names: frozen layers behind the prefix, inside the blocks; none where an axis may lie before the batch's.
+        saves: whether the order of a batch makes a difference: not without a linear layer in those blocks.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
@@ -45,12 +46,17 @@ class Teacher:
 
     def __init__(self, model: nn.Module, blocks: Sequence[str], prefix: Sequence[str]) -> None:
         behind = [block for block in blocks if block not in prefix]
-        self.names = tuple(
-            name
+        inside = {
+            name: module
             for name, module in model.named_modules()
-            if type(module) is nn.Linear and any(name == block or name.startswith(f"{block}.") for block in behind)
-            and not sequence_first(model, name)
-        )  # fmt: skip
+            if any(name == block or name.startswith(f"{block}.") for block in behind)
+        }
+        self.names = tuple(
+            name for name, module in inside.items() if type(module) is nn.Linear and not sequence_first(model, name)
+        )
+        self.saves = bool(self.names) or any(
+            isinstance(module, RFALayer) and module.rfa_original_class is nn.Linear for module in inside.values()
+        )
         self._layers: list[nn.Linear] = [model.get_submodule(name) for name in self.names]  # type: ignore[misc]
         self._functions: list[Any] = []
 
@@ -69,6 +75,27 @@ class Teacher:
             self._functions = [_skipping(layer, context) for layer in self._layers]
         with in_front(self._layers, self._functions):
             yield
+
+    def retain_first(
+        self, context: GroupContext, inputs: Tensor | Mapping[str, Any], labels: Tensor, batch: Batch
+    ) -> tuple[Tensor | Mapping[str, Any], Tensor, Batch]:
+        """The batch with its samples to retain in front, in their order, where that saves the original model something.
+
+        No loss depends on the order. Inputs stay as they are where one of them is not known to have the batch in front.
+        """
+        others = batch.samples != RETAIN
+        named = {"pixel_values": inputs} if isinstance(inputs, Tensor) else inputs
+        tensors = {key: value for key, value in named.items() if isinstance(value, Tensor)}
+        known = set(tensors) <= set(_BATCH_FIRST)
+        if not (self.saves and known and skips(context) and others.device.type == "cpu"):
+            return inputs, labels, batch
+        if bool((others[1:] >= others[:-1]).all()):
+            return inputs, labels, batch
+        order = others.to(torch.int8).argsort(stable=True)
+        tokens = None if batch.tokens is None else batch.tokens[order]
+        ordered = replace(batch, samples=batch.samples[order], tokens=tokens)
+        moved = {key: value[order] for key, value in tensors.items()}
+        return moved["pixel_values"] if isinstance(inputs, Tensor) else {**inputs, **moved}, labels[order], ordered
 
 
 def skips(context: GroupContext) -> bool:
@@ -89,37 +116,6 @@ def _skipping(layer: nn.Linear, context: GroupContext) -> Any:
         return found
 
     return forward
-
-
-def retain_first(
-    context: GroupContext, inputs: Tensor | Mapping[str, Any], labels: Tensor, batch: Batch
-) -> tuple[Tensor | Mapping[str, Any], Tensor, Batch]:
-    """The batch with its samples to retain in front, in their order, where that saves the original model something.
-
-    No loss depends on the order. Inputs stay as they are where one of them is not known to have the batch in front.
-
-    Example:
-        >>> from rfa_fast.config import RFAConfig
-        >>> batch = Batch(torch.tensor([1, 0], dtype=torch.int8), None, False)
-        >>> context = GroupContext(RFAConfig(mode="teacher"))
-        >>> retain_first(context, torch.tensor([[5.0], [6.0]]), torch.tensor([1, 2]), batch)[:2]
-        (tensor([[6.],
-                [5.]]), tensor([2, 1]))
-    """
-    others = batch.samples != RETAIN
-    named = {"pixel_values": inputs} if isinstance(inputs, Tensor) else inputs
-    tensors = {key: value for key, value in named.items() if isinstance(value, Tensor)}
-    if (
-        not skips(context) or others.device.type != "cpu" or not set(tensors) <= set(_BATCH_FIRST)
-        or bool((others[1:] >= others[:-1]).all())
-    ):  # fmt: skip
-        return inputs, labels, batch
-    order = others.to(torch.int8).argsort(stable=True)
-    moved = {key: value[order] for key, value in tensors.items()}
-    ordered = replace(
-        batch, samples=batch.samples[order], tokens=None if batch.tokens is None else batch.tokens[order]
-    )  # fmt: skip
-    return moved["pixel_values"] if isinstance(inputs, Tensor) else {**inputs, **moved}, labels[order], ordered
 
 
 def head_to_skip(model: nn.Module, labels: Tensor, context: GroupContext) -> nn.Linear | None:

@@ -177,6 +177,7 @@ def test_which_layers_it_is():
     net = TinyBlocks()
     assert teacher.Teacher(net, ["0", "1", "2"], ["0"]).names == ("1.up", "1.down", "2.up", "2.down")
     assert teacher.Teacher(net, [], []).names == ()
+    assert not teacher.Teacher(net, [], []).saves
     net[1].batch_first = False
     assert teacher.Teacher(net, ["0", "1", "2"], ["0"]).names == ("2.up", "2.down")
 
@@ -192,6 +193,10 @@ def test_a_forward_that_somebody_has_put_there_is_run():
     assert "forward" in model[2].down.__dict__
 
 
+def whole_net():
+    return teacher.Teacher(TinyBlocks(), ["0", "1", "2"], [])
+
+
 def batch_of(codes):
     samples = torch.tensor(codes, dtype=torch.int8)
     tokens = samples[:, None].expand(-1, 2).clone()
@@ -202,7 +207,7 @@ def test_retained_samples_come_first():
     context = GroupContext(rfa_fast.RFAConfig(mode="teacher"))
     ids, labels = torch.arange(8).reshape(4, 2), torch.arange(4)
     inputs = {"input_ids": ids, "use_cache": False}
-    moved, their_labels, batch = teacher.retain_first(context, inputs, labels, batch_of([1, 0, -1, 0]))
+    moved, their_labels, batch = whole_net().retain_first(context, inputs, labels, batch_of([1, 0, -1, 0]))
     assert moved["input_ids"].tolist() == [[2, 3], [6, 7], [0, 1], [4, 5]]
     assert moved["use_cache"] is False
     assert their_labels.tolist() == [1, 3, 0, 2]
@@ -219,5 +224,17 @@ def test_retained_samples_come_first():
 def test_a_batch_that_is_left_as_it_is(options, extra):
     context = GroupContext(rfa_fast.RFAConfig(**{"mode": "teacher", **options}))
     inputs, labels, batch = {"input_ids": torch.arange(8).reshape(4, 2), **extra}, torch.arange(4), batch_of([1, 0] * 2)
-    same = teacher.retain_first(context, inputs, labels, batch)
+    same = whole_net().retain_first(context, inputs, labels, batch)
     assert all(a is b for a, b in zip(same, (inputs, labels, batch), strict=True))
+
+
+def test_the_order_matters_where_a_linear_layer_runs():
+    model = TinyBlocks()
+    rfa = rfa_fast.patch(model, ["2.up", "2.down"], rank=2, seed=0, mode="teacher")
+    assert rfa._teacher.names == ()
+    assert rfa._teacher.saves
+    blocks = nn.Sequential(
+        nn.Sequential(nn.Conv2d(1, 2, 3)), nn.Sequential(nn.Conv2d(2, 2, 3)), nn.Flatten(), nn.Linear(2, 3)
+    )
+    rfa = rfa_fast.patch(blocks, ["0.0", "3"], rank=1, seed=0, mode="teacher")
+    assert not teacher.Teacher(rfa.model, ["0", "1"], []).saves
