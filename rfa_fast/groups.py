@@ -78,12 +78,14 @@ class Batch:
         tokens: int8 `(B, T)`, or `None` when the inputs have no tokens.
         token_units: the unit of the losses is a token rather than a sample.
         whole: the batch that this one is a part of, where gradients are accumulated.
+        needed: int8 `(B,)`, 0 for samples that teacher mode's original model has to compute; `None`: all of them.
     """
 
     samples: Tensor
     tokens: Tensor | None
     token_units: bool
     whole: WholeBatch | None = None
+    needed: Tensor | None = None
 
     @property
     def size(self) -> int:

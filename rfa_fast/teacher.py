@@ -3,6 +3,8 @@
 Nothing of it is read but the adapted layers' features of samples to retain (eq. 7, 8). So a language model's head
 stands aside, and on a CPU the linear layers of the blocks behind the frozen prefix (which runs once, for both forwards)
 compute no sample behind the last one to retain: :mod:`rfa_fast.ops.retain_rows`. Batches come with those in front.
+That a sample's features do not depend on the others of its batch is what groups mean in the first place; where batch
+norm takes its statistics of the batch, which can be seen from outside, everything is computed.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from rfa_fast.forwards import in_front
 from rfa_fast.groups import Batch, GroupContext
@@ -23,7 +26,8 @@ from rfa_fast.objective import RETAIN
 from rfa_fast.ops.retain_rows import original_output
 from rfa_fast.targets import sequence_first
 
-_BATCH_FIRST = ("attention_mask", "input_features", "input_ids", "inputs_embeds", "pixel_values", "token_type_ids")
+_TEXT = ("attention_mask", "input_ids", "inputs_embeds", "token_type_ids")
+_ALONE = ("input_features", "input_values", "pixel_values")
 
 
 class Teacher:
@@ -36,7 +40,8 @@ class Teacher:
 
     Attributes:
         names: frozen layers behind the prefix, inside the blocks; none where an axis may lie before the batch's.
-        saves: whether the order of a batch makes a difference: not without a linear layer in those blocks.
+        saves: whether the order of a batch makes a difference: not without a linear layer in those blocks, and not in a
+            model whose samples see one another, by the statistics of a batch.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
@@ -54,9 +59,9 @@ class Teacher:
         self.names = tuple(
             name for name, module in inside.items() if type(module) is nn.Linear and not sequence_first(model, name)
         )
-        self.saves = bool(self.names) or any(
-            isinstance(module, RFALayer) and module.rfa_original_class is nn.Linear for module in inside.values()
-        )
+        adapted = any(isinstance(m, RFALayer) and m.rfa_original_class is nn.Linear for m in inside.values())
+        mixes = any(isinstance(m, _BatchNorm) and m.running_mean is None for m in model.modules())
+        self.saves = (bool(self.names) or adapted) and not mixes
         self._layers: list[nn.Linear] = [model.get_submodule(name) for name in self.names]  # type: ignore[misc]
         self._functions: list[Any] = []
 
@@ -68,7 +73,7 @@ class Teacher:
         :meth:`rfa_fast.prefix.Prefix.shared` is.
         """
         # A forward that somebody else has put there is not ours to do without.
-        if not skips(context) or any("forward" in layer.__dict__ for layer in self._layers):
+        if not self._applies(context) or any("forward" in layer.__dict__ for layer in self._layers):
             yield
             return
         if not self._functions:
@@ -79,28 +84,43 @@ class Teacher:
     def retain_first(
         self, context: GroupContext, inputs: Tensor | Mapping[str, Any], labels: Tensor, batch: Batch
     ) -> tuple[Tensor | Mapping[str, Any], Tensor, Batch]:
-        """The batch with its samples to retain in front, in their order, where that saves the original model something.
+        """The batch with its samples to retain in front, in their order, and what the original model needs of it.
 
-        No loss depends on the order. Inputs stay as they are where one of them is not known to have the batch in front.
+        No loss depends on the order. A batch is left as it is, and computed whole, where that saves nothing, or where
+        one of the inputs is not known to hold one entry per sample. It is put in order even if it is in order already:
+        a compiled graph would see the difference in what shares memory with what.
         """
-        others = batch.samples != RETAIN
-        named = {"pixel_values": inputs} if isinstance(inputs, Tensor) else inputs
-        tensors = {key: value for key, value in named.items() if isinstance(value, Tensor)}
-        known = set(tensors) <= set(_BATCH_FIRST)
-        if not (self.saves and known and skips(context) and others.device.type == "cpu"):
+        if not (self._applies(context) and batch.samples.device.type == "cpu" and _by_sample(inputs, batch.size)):
             return inputs, labels, batch
-        if bool((others[1:] >= others[:-1]).all()):
-            return inputs, labels, batch
-        order = others.to(torch.int8).argsort(stable=True)
-        tokens = None if batch.tokens is None else batch.tokens[order]
-        ordered = replace(batch, samples=batch.samples[order], tokens=tokens)
-        moved = {key: value[order] for key, value in tensors.items()}
-        return moved["pixel_values"] if isinstance(inputs, Tensor) else {**inputs, **moved}, labels[order], ordered
+        order = (batch.samples != RETAIN).to(torch.int8).argsort(stable=True)
+        samples, tokens = batch.samples[order], None if batch.tokens is None else batch.tokens[order]
+        # As many tokens as samples: a model that puts the tokens in front could not be told from one that does not.
+        needed = torch.full_like(samples, RETAIN) if batch.length == batch.size else samples
+        moved: Tensor | dict[str, Any]
+        if isinstance(inputs, Tensor):
+            moved = inputs[order]
+        else:
+            moved = {key: value[order] if isinstance(value, Tensor) else value for key, value in inputs.items()}
+        return moved, labels[order], replace(batch, samples=samples, tokens=tokens, needed=needed)
+
+    def _applies(self, context: GroupContext) -> bool:
+        """In teacher mode, with the batch as the first axis."""
+        return self.saves and context.config.mode == "teacher" and context.config.rows in ("auto", "batch")
 
 
-def skips(context: GroupContext) -> bool:
-    """Whether the original model may leave samples out: in teacher mode, with the batch as the first axis."""
-    return context.config.mode == "teacher" and context.config.rows in ("auto", "batch")
+def _by_sample(inputs: Tensor | Mapping[str, Any], size: int) -> bool:
+    """Whether every input is either one entry per sample, or the same for all of them."""
+    if isinstance(inputs, Tensor):
+        return inputs.shape[0] == size
+    tensors = {key: value for key, value in inputs.items() if isinstance(value, Tensor)}
+    plain = all(
+        value is None or isinstance(value, bool | int | float | str)
+        for key, value in inputs.items()
+        if key not in tensors
+    )
+    # Beside text, images need not be one per sample, even where there are as many.
+    known = set(tensors) <= set(_TEXT) or (len(tensors) == 1 and set(tensors) <= set(_ALONE))
+    return plain and known and all(value.ndim > 0 and value.shape[0] == size for value in tensors.values())
 
 
 def _skipping(layer: nn.Linear, context: GroupContext) -> Any:
@@ -108,8 +128,8 @@ def _skipping(layer: nn.Linear, context: GroupContext) -> Any:
 
     def forward(x: Tensor) -> Tensor:
         batch = context.batch
-        if context.recording and batch is not None:
-            output = original_output(x, layer.weight, layer.bias, batch.samples)
+        if context.recording and batch is not None and batch.needed is not None:
+            output = original_output(x, layer.weight, layer.bias, batch.needed)
             if output is not None:
                 return output
         found: Tensor = original(x)
@@ -122,8 +142,7 @@ def head_to_skip(model: nn.Module, labels: Tensor, context: GroupContext) -> nn.
     """The head whose logits the original model need not give, or `None`; one that stands aside already is left so."""
     if labels.ndim != 2 or not context.head_stands_aside or context.head_is_aside:
         return None
-    head = output_layer(model, context)
-    return None if isinstance(head, RFALayer) else head
+    return output_layer(model, context)  # an adapted one is none in teacher mode
 
 
 def record_teacher(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -159,13 +160,22 @@ def measured(metrics: list[str], samples: int | None = None, lr: float = 1.0) ->
 def test_a_row_with_more_measured_than_asked_for_is_read(there: dict[str, Any], used: bool, tmp_path: Path) -> None:
     heard, wanted = Heard(), measured(["accuracy"])
     store = CellStore(tmp_path, heard, keyed=True, holds=measured_more)
-    (tmp_path / "a-row-00000000.json").write_text("{")  # beside one that cannot be read
+    beside = ["{", '{"format": "rfa-fast row 1", "settings": {}, "row": null}', "[]"]
+    for number, content in enumerate(beside):
+        (tmp_path / f"a-row-0000000{number}.json").write_text(content)
+    bare = {
+        "format": "rfa-fast row 1",
+        "settings": {"measures": {"metrics": None}},
+        "row": asdict(Row(0.0, {}, {}, {})),
+    }
+    (tmp_path / "a-row-00000009.json").write_text(json.dumps(bare))
     store.get("A row", there, Row, lambda: Row(1.0, {"D_f/accuracy": 0.5}, {}, {}))
     assert store.has("A row", wanted, Row) is used
     assert not store.has("Another row", wanted, Row)
     row = store.get("A row", wanted, Row, lambda: Row(2.0, {}, {}, {}))
     assert (row.seconds, store.computed) == ((1.0, False) if used else (2.0, True))
     assert any("with more measured" in text for text in heard) is used
+    assert not any("again" in text for text in heard)
     assert CellStore(tmp_path, silent, keyed=True).has("A row", wanted, Row) is not used
 
 

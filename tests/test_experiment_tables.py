@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch.utils.data import Subset
 from rfa_fast.data import split_by_sample
 from rfa_fast.experiments.common import Row
 from rfa_fast.experiments.measuring import FEATURE_ITEMS, Measures
-from rfa_fast.experiments.tables import experiment
+from rfa_fast.experiments.tables import experiment, runner
 from rfa_fast.experiments.tables.aggregate import gaps, mean_absolute_gap, ranks, summarise
 from rfa_fast.experiments.tables.budget import LADDER, Extent, Forecaster, read_budget
 from rfa_fast.experiments.tables.catalogue import TABLES, find_tables
@@ -23,7 +24,7 @@ from rfa_fast.experiments.tables.columns import measured_metrics
 from rfa_fast.experiments.tables.outputs import as_csv, as_latex, as_markdown
 from rfa_fast.experiments.tables.pairs import PAIRS, find_pairs, recipe_words
 from rfa_fast.experiments.tables.paper_figures import paper_figures
-from rfa_fast.experiments.tables.plan import Block, Choice, PlannedRow, Sizes, blocks_of, units_of
+from rfa_fast.experiments.tables.plan import Block, Choice, PlannedRow, Sizes, Unit, blocks_of, units_of
 from rfa_fast.experiments.tables.presence import missing
 from rfa_fast.experiments.tables.rates import Rates, passes_of
 from rfa_fast.experiments.tables.results import block_result, gap_summaries
@@ -393,3 +394,23 @@ def test_rates_of_two_processes_are_both_kept(tmp_path: Path) -> None:
     other.save()
     found = Rates(tmp_path, DIGITS, threads=1)
     assert (found.get("train"), found.get("rfa"), found.get("measure")) == (0.02, 0.04, None)
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_process_among_several_says_whose_its_lines_are(
+    interrupted: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def computed(shop: runner.Workshop, unit: Any) -> None:
+        shop.say("a word")
+        sys.stderr.write("10%\r20%\rhalf a line")
+        assert not sys.stderr.isatty()
+        assert shop.progress
+        if interrupted:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner.Workshop, "compute", computed)
+    unit = Unit("digits/digits-net", 3, {}, ())
+    assert runner._work(unit, Choice(("table1",), ("digits/digits-net",)), 1, True) is not interrupted
+    whose = "[digits/digits-net, seed 3]"
+    lines = [f"{whose} {text}" for text in ("a word", "10%", "20%", "half a line")]
+    assert capsys.readouterr().err.splitlines() == lines

@@ -8,6 +8,7 @@ import pytest
 import torch
 from step_cases import VOCABULARY, TinyBlocks, tiny_language_model
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -59,6 +60,7 @@ def test_inputs_whose_first_axis_may_be_something_else_are_left():
         assert rows.original_output(torch.ones(3, 4, 2), weight, None, codes) is not None
         assert rows.original_output(torch.ones(3, 2), weight, None, codes) is None
         assert rows.original_output(torch.ones(4, 3, 2), weight, None, codes) is None
+        assert rows.original_output(torch.ones(3, 3, 2), weight, None, codes) is None
         assert rows.original_output(torch.ones(3, 4, 2), weight.data, None, codes) is None
         assert rows.original_output(torch.ones(3, 4, 2, device="meta"), weight, None, codes) is None
     assert rows.original_output(torch.ones(3, 4, 2), weight, None, codes) is None
@@ -90,8 +92,7 @@ def whole(monkeypatch):
     """A function that makes the original model compute everything from then on, in the order of the batch."""
 
     def restore():
-        monkeypatch.setattr(teacher, "skips", lambda context: False)
-        monkeypatch.setattr("rfa_fast.modules.original_output", lambda *_: None)
+        monkeypatch.setattr(teacher.Teacher, "_applies", lambda *_: False)
 
     return restore
 
@@ -118,22 +119,30 @@ def test_no_loss_and_no_gradient_differs(options, compiled, whole):
         assert torch.allclose(mine, theirs, **near)
 
 
-def test_in_a_forward_of_ones_own(whole):
-    """`groups()` keeps the order that the user gave, and the last sample to retain is the last one computed."""
+def test_one_graph_whatever_the_order():
+    """Retained samples in front or not, labels that are the input ids themselves: one compilation."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    rfa = rfa_fast.patch(tiny_language_model(4), "deep", rank=2, seed=0, mode="teacher")
+    step = compile_step(rfa, torch.optim.SGD(rfa.parameters(), lr=0.1), backend=counter)
+    ids = language_batch([False] * 4)[1]
+    for forget in ([False, False, True, True], [True, False, True, False], [False] * 4):
+        step({"input_ids": ids}, ids, torch.tensor(forget))
+    assert counter.frame_count == 1
+    names = [str(node.target) for node in counter.graphs[0].graph.nodes]
+    assert sum("retain_linear" in name for name in names) == 2 * 7  # two of four blocks, every linear layer in them
 
-    def total():
-        model = tiny_language_model(4).double()
-        rfa = rfa_fast.patch(model, "deep", rank=2, seed=0, mode="teacher")
-        for layer in rfa.layers.values():
-            nn.init.normal_(layer.lora_b, generator=torch.Generator().manual_seed(1))
-        inputs, _, forget = language_batch([True, False, False, True])
-        with rfa.groups(forget):
-            model(**inputs)
-            return rfa.alignment_loss()
 
-    mine = total()
-    whole()
-    assert torch.allclose(mine, total(), rtol=1e-12)
+def test_in_a_forward_of_ones_own_everything_is_computed():
+    """`groups()` sees neither inputs nor labels, and cannot put them in order."""
+    model = tiny_language_model(4)
+    rfa = rfa_fast.patch(model, "deep", rank=2, seed=0, mode="teacher")
+    inputs, _, forget = language_batch([True, False, False, True])
+    with rfa.groups(forget):
+        model(**inputs)
+        features = list(rfa._context.teacher.values())
+        assert all(bool(feature[0].any()) and bool(feature[3].any()) for feature in features)
+        assert torch.isfinite(rfa.alignment_loss())
 
 
 def test_what_a_sample_to_forget_costs():
@@ -185,12 +194,53 @@ def test_which_layers_it_is():
 def test_a_forward_that_somebody_has_put_there_is_run():
     model, ran = TinyBlocks(), []
     own = model[2].down.forward
-    rfa = rfa_fast.patch(model, ["1.up"], rank=2, seed=0, mode="teacher")
+    rfa = rfa_fast.patch(model, ["1.up"], rank=2, seed=0, mode="teacher", rows="batch")
     model[2].down.forward = lambda x: ran.append(tuple(x.shape)) or own(x)
-    rfa.loss(torch.randn(4, 5), torch.zeros(4, dtype=torch.int64), torch.arange(4) < 2)
-    assert ran == [(4, 7)] * 2
+    rfa.loss(torch.randn(4, 6, 5), torch.zeros(4, 6, dtype=torch.int64), torch.arange(4) < 2)
+    assert ran == [(4, 6, 7)] * 2
     assert "forward" not in model[1].down.__dict__
     assert "forward" in model[2].down.__dict__
+
+
+class Mixing(nn.Module):
+    """A block whose samples see one another in its statistics."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(5, 5)
+        self.norm = nn.BatchNorm1d(6, track_running_stats=False)
+
+    def forward(self, x):
+        return x + self.norm(self.up(x))
+
+
+def test_samples_that_see_one_another_are_all_computed():
+    torch.manual_seed(0)
+    net = nn.Sequential(Mixing(), Mixing(), nn.Linear(5, 3))
+    rfa = rfa_fast.patch(net, ["0.up", "1.up"], rank=2, seed=0, mode="teacher", rows="batch")
+    losses = rfa.loss(torch.randn(4, 6, 5), torch.zeros(4, 6, dtype=torch.int64), torch.arange(4) < 2)
+    assert losses.retain_align.item() == 0.0  # B is 0
+
+
+class TokensFirst(nn.Module):
+    """A block that puts the tokens in front of the batch and says so nowhere."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.up = nn.Linear(5, 5), nn.Linear(5, 5)
+
+    def forward(self, x):
+        return self.up(x + self.inner(x.transpose(0, 1)).cumsum(0).transpose(0, 1))
+
+
+@pytest.mark.parametrize("length", [4, 6])
+def test_as_many_tokens_as_samples(length):
+    torch.manual_seed(0)
+    net = nn.Sequential(TokensFirst(), TokensFirst(), nn.Linear(5, 3))
+    rfa = rfa_fast.patch(net, ["1.up"], rank=2, seed=0, mode="teacher", rows="batch")
+    x, forget = torch.randn(4, length, 5), torch.tensor([True, False, True, False])
+    losses = rfa.loss(x, torch.zeros(4, length, dtype=torch.int64), forget)
+    assert losses.retain_align.item() == 0.0  # B is 0
 
 
 def whole_net():
@@ -211,21 +261,40 @@ def test_retained_samples_come_first():
     assert moved["input_ids"].tolist() == [[2, 3], [6, 7], [0, 1], [4, 5]]
     assert moved["use_cache"] is False
     assert their_labels.tolist() == [1, 3, 0, 2]
-    assert batch.samples.tolist() == [0, 0, 1, -1]
+    assert batch.samples.tolist() == batch.needed.tolist() == [0, 0, 1, -1]
     assert batch.tokens.tolist() == [[0, 0], [0, 0], [1, 1], [-1, -1]]
     assert inputs["input_ids"] is ids
 
 
+def test_as_many_tokens_as_samples_are_put_in_order_and_computed():
+    context = GroupContext(rfa_fast.RFAConfig(mode="teacher"))
+    samples = torch.tensor([1, 0], dtype=torch.int8)
+    batch = Batch(samples, samples[:, None].expand(-1, 2), True)
+    ids = torch.tensor([[1, 2], [3, 4]])
+    moved, _, ordered = whole_net().retain_first(context, {"input_ids": ids}, ids, batch)
+    assert moved["input_ids"].tolist() == [[3, 4], [1, 2]]
+    assert ordered.samples.tolist() == [0, 1]
+    assert ordered.needed.tolist() == [0, 0]
+
+
 @pytest.mark.parametrize(
     ("options", "extra"),
-    [({"mode": "residual"}, {}), ({"rows": "sequence_first"}, {}), ({}, {"position_ids": torch.zeros(3, 4, 2)})],
-    ids=["residual mode", "another first axis", "an input whose axes are not known"],
+    [
+        ({"mode": "residual"}, {}),
+        ({"rows": "sequence_first"}, {}),
+        ({}, {"position_ids": torch.zeros(3, 4, 2)}),
+        ({}, {"past": [torch.zeros(4)]}),
+        ({}, {"pixel_values": torch.zeros(4, 3)}),
+        ({}, {"attention_mask": torch.zeros(1, 2)}),
+    ],
+    ids=["residual mode", "another first axis", "unknown axes", "a list", "images beside text", "one for all"],
 )
 def test_a_batch_that_is_left_as_it_is(options, extra):
     context = GroupContext(rfa_fast.RFAConfig(**{"mode": "teacher", **options}))
     inputs, labels, batch = {"input_ids": torch.arange(8).reshape(4, 2), **extra}, torch.arange(4), batch_of([1, 0] * 2)
     same = whole_net().retain_first(context, inputs, labels, batch)
     assert all(a is b for a, b in zip(same, (inputs, labels, batch), strict=True))
+    assert batch.needed is None
 
 
 def test_the_order_matters_where_a_linear_layer_runs():

@@ -47,6 +47,15 @@ def test_progress_lines_rate_and_remaining_time() -> None:
     ]
 
 
+def test_where_color_is_forced_a_log_still_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    out = io.StringIO()
+    with ProgressReport("unlearn", 2, stream=out) as report:
+        report.step(1, loss=1.0, samples=1)
+    assert out.getvalue().startswith("unlearn: step 1/2, loss 1, ")
+    assert "\x1b" not in out.getvalue()
+
+
 def test_progress_lines_thin_out() -> None:
     """A step a second for an hour: after 200 s the next line comes when a twentieth of the time has passed."""
     times = iter(range(3601))

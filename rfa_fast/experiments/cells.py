@@ -114,8 +114,10 @@ class CellStore:
 
     def _more(self, path: Path, settings: Mapping[str, Any], kind: Callable[..., Content]) -> Content | None:
         """The row in this file, if more was measured of it than these settings ask for."""
-        content = self._content(path, kind) if self.holds is not None else None
-        if content is None or self.holds is None or not self.holds(content["settings"], settings):
+        if self.holds is None:
+            return None
+        content, _ = self._content(path, kind)
+        if content is None or not self.holds(content["settings"], settings):
             return None
         return kind(**content["row"])
 
@@ -125,22 +127,24 @@ class CellStore:
             return None
         return self.folder / (f"{slug(name)}-{settings_key(settings)[:8]}.json" if self.keyed else f"{slug(name)}.json")
 
-    def _content(self, path: Path, kind: Callable[..., Any]) -> dict[str, Any] | None:
-        """Settings and figures in this file, if it is a row of this version."""
+    def _content(self, path: Path, kind: Callable[..., Any]) -> tuple[dict[str, Any] | None, str]:
+        """Settings and figures in this file if it is a row of this version, else why not."""
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, UnicodeDecodeError) as error:
-            self.say(f"{path}: cannot be read ({error}); computing it again")
-            return None
+            return None, f"cannot be read ({error})"
         names = {item.name for item in fields(kind)}  # type: ignore[arg-type]
-        if not isinstance(content, dict) or content.get("format") != FORMAT or set(content.get("row", ())) != names:
-            self.say(f"{path}: is no row of this version; computing it again")
-            return None
-        return content
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            return None, "is no row of this version"
+        row, settings = content.get("row"), content.get("settings")
+        if not isinstance(row, dict) or set(row) != names or not isinstance(settings, dict):
+            return None, "is no row of this version"
+        return content, ""
 
     def _read(self, path: Path, settings: Mapping[str, Any], kind: Callable[..., Content]) -> Content | None:
-        content = self._content(path, kind)
+        content, why = self._content(path, kind)
         if content is None:
+            self.say(f"{path}: {why}; computing it again")
             return None
         if canonical(content["settings"]) != canonical(settings):
             self.say(f"{path}: was made by other settings; computing it again")

@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils.data import Subset
 
 from rfa_fast.experiments.cache import canonical
+from rfa_fast.methods.progress import redraws
 from rfa_fast.metrics import METRICS, Cost, KeptOutputs, Predictions, References, SplitResult, read_metrics
 from rfa_fast.metrics.meters import TokenReduction
 from rfa_fast.patching import RFA
@@ -42,7 +43,8 @@ def measured_more(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
     ours, theirs = wanted.get("measures"), found.get("measures")
     if not isinstance(ours, Mapping) or not isinstance(theirs, Mapping):
         return False
-    if not set(ours["metrics"]) <= set(theirs.get("metrics", ())):
+    measured = theirs.get("metrics")
+    if not isinstance(measured, list | tuple) or not set(ours["metrics"]) <= set(measured):
         return False
     same = {**found, "measures": {**theirs, "metrics": ours["metrics"]}}
     return canonical(same) == canonical(wanted)
@@ -193,7 +195,7 @@ def bar(label: str, *, enabled: bool) -> Iterator[Callable[[int, int], None]]:
     from rich.progress import Progress
 
     console = Console(stderr=True)
-    if not enabled or not (console.is_terminal or console.is_jupyter):
+    if not enabled or not redraws(console):
         yield lambda done, total: None
         return
     with Progress(console=console, transient=True) as shown:

@@ -65,7 +65,7 @@ class ProgressReport:
             from rich.console import Console
 
             console = Console(file=self._stream)
-            if console.is_terminal or console.is_jupyter:
+            if redraws(console):
                 self._open_bar(console)
         return self
 
@@ -123,6 +123,17 @@ class ProgressReport:
     def _write(self, text: str) -> None:
         self._stream.write(text + "\n")
         self._stream.flush()
+
+
+def redraws(console: Console) -> bool:
+    """Whether a line can be written over: `FORCE_COLOR` makes rich call anything a terminal, and a log is none.
+
+    Example:
+        >>> from rich.console import Console
+        >>> redraws(Console(file=sys.stdout, force_terminal=True)) == sys.stdout.isatty()
+        True
+    """
+    return console.is_jupyter or (console.is_terminal and console.file.isatty())
 
 
 def _clock_face(seconds: float | None) -> str:

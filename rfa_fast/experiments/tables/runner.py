@@ -241,10 +241,15 @@ class Lines(io.TextIOBase):
         self._stream, self._whose, self._begun = stream, whose, ""
 
     def write(self, text: str) -> int:
-        """Hold back what is not ended yet."""
-        *lines, self._begun = (self._begun + text).split("\n")
-        self._stream.write("".join(f"[{self._whose}] {line}\n" for line in lines))
+        """Hold back what is not ended yet; a line that is written over ends there."""
+        *lines, self._begun = (self._begun + text.replace("\r", "\n")).split("\n")
+        self._stream.write("".join(f"[{self._whose}] {line}\n" for line in lines if line))
         return len(text)
+
+    def end(self) -> None:
+        """Write what was held back."""
+        if self._begun:
+            self.write("\n")
 
     def flush(self) -> None:
         """Hand on the ended lines."""
@@ -258,11 +263,14 @@ def _work(unit: Unit, choice: Choice, threads: int, progress: bool) -> bool:
         sys.stderr.write(f"{text}\n")
 
     torch.set_num_threads(threads)
-    with redirect_stderr(Lines(sys.stderr, f"{unit.pair}, seed {unit.seed}")):
-        try:
+    lines = Lines(sys.stderr, f"{unit.pair}, seed {unit.seed}")
+    try:
+        with redirect_stderr(lines):
             Workshop(choice, say=say, progress=progress).compute(unit)
-        except KeyboardInterrupt:
-            return False
+    except KeyboardInterrupt:
+        return False
+    finally:
+        lines.end()
     return True
 
 
