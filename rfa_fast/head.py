@@ -87,8 +87,8 @@ def logits_and_task(
         TypeError: a model that returns no logits.
     """
     shift = _shifts(labels, model, context)
-    head = output_layer(model, context)
-    if labels.ndim == 2 and head is not None and context.head_stands_aside:
+    head = head_aside(model, labels, context)
+    if head is not None:
         if context.head_is_aside:
             hidden: Tensor | None = _logits(_run(model, inputs))
         else:
@@ -131,6 +131,17 @@ def output_layer(model: nn.Module, context: GroupContext) -> nn.Linear | None:
     if not isinstance(head, RFALayer):
         return head
     return head if head.adapter == "lora" and context.config.mode == "residual" and context.enabled else None
+
+
+def head_aside(model: nn.Module, labels: Tensor, context: GroupContext) -> nn.Linear | None:
+    """The head that stands aside in a forward for these labels, or `None`: token labels, in a model that allows it.
+
+    Example:
+        >>> from rfa_fast.config import RFAConfig
+        >>> head_aside(nn.Linear(2, 2), torch.tensor([0]), GroupContext(RFAConfig())) is None
+        True
+    """
+    return output_layer(model, context) if labels.ndim == 2 and context.head_stands_aside else None
 
 
 def _fused(

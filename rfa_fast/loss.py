@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from rfa_fast.checkpointing import blocks_checkpoint, mark
 from rfa_fast.config import RFAConfig
 from rfa_fast.groups import Batch, GroupContext, LayerTerms, batch_of, make_batch
-from rfa_fast.head import check_labels, logits_and_task
+from rfa_fast.head import check_labels, head_aside, logits_and_task
 from rfa_fast.modules import RFALayer
 from rfa_fast.objective import RFALoss, accumulation_dtype, combine
-from rfa_fast.teacher import head_to_skip, record_teacher
+from rfa_fast.teacher import record_teacher
 
 Inputs = Tensor | Mapping[str, Any]
 Means = Mapping[str, tuple[Tensor, Tensor]]
@@ -101,7 +101,8 @@ def evaluate(
     try:
         if context.config.mode == "teacher":
             args, kwargs = ((inputs,), {}) if isinstance(inputs, Tensor) else ((), inputs)
-            record_teacher(model, names, context, args, kwargs, head=head_to_skip(model, labels, context))
+            head = None if context.head_is_aside else head_aside(model, labels, context)
+            record_teacher(model, names, context, args, kwargs, head)
         task = logits_and_task(model, inputs, labels, batch, context, mean_prediction)
         retain, forget = alignment(names, context)
         losses = combine(

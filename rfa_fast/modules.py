@@ -276,8 +276,7 @@ class RFALayer(nn.Module):
     def _original(self, x: Tensor, context: GroupContext) -> Tensor:
         """x'_t: on a CPU, of a plain linear layer, as far as there are samples to retain."""
         batch = context.batch
-        plain = self.rfa_original_class is nn.Linear and not self.rfa_ambiguous
-        if plain and batch is not None and batch.needed is not None:
+        if self.rfa_original_class is nn.Linear and not self.rfa_ambiguous and batch is not None:
             output = original_output(x, self.weight, self.bias, batch.needed)
             if output is not None:
                 return output

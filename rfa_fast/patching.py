@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from rfa_fast import targets as targets_module
 from rfa_fast.checkpointing import mark
 from rfa_fast.config import RFAConfig
-from rfa_fast.groups import GroupContext, LayerTerms, make_batch
+from rfa_fast.groups import Batch, GroupContext, LayerTerms, make_batch
 from rfa_fast.layer_report import Report, describe
 from rfa_fast.loss import (
     Evaluation,
@@ -232,7 +232,7 @@ class RFA:
         self._check_enabled()
         batch = prepare(self.config, inputs, labels, forget, valid, self._device())
         inputs, labels, batch = self._teacher.retain_first(self._context, inputs, labels, batch)
-        with self._one_batch(), self._prefix.shared(self._context):
+        with self._one_batch(batch), self._prefix.shared(self._context):
             found = evaluate(
                 self.model, self.names, self._context, inputs, labels, batch, remembered(self.layers),
                 self._context.mean_prediction,
@@ -269,7 +269,7 @@ class RFA:
         if self.config.mode == "teacher":
             hook = self.model.register_forward_pre_hook(self._before_student, with_kwargs=True)
         try:
-            with self._one_batch(), self._prefix.shared(self._context):
+            with self._one_batch(batch), self._prefix.shared(self._context):
                 self._context.begin(batch, remembered(self.layers))
                 yield
         finally:
@@ -371,11 +371,11 @@ class RFA:
             record_teacher(self.model, self.names, self._context, args, kwargs)
 
     @contextmanager
-    def _one_batch(self) -> Iterator[None]:
+    def _one_batch(self, batch: Batch) -> Iterator[None]:
         """Everything a batch runs in, but for the prefix, which may answer from a cache."""
         if self._context.batch is not None:
             raise ValueError("groups: got a second batch while one is under way, expected one at a time")
-        with eval_behaviour(self.model), self._teacher.retain_alone(self._context):
+        with eval_behaviour(self.model), self._teacher.retain_alone(self._context, batch):
             yield
 
     def _check_enabled(self) -> None:

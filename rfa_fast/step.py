@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from rfa_fast.compiler import compiler_settings
 from rfa_fast.groups import Batch, WholeBatch
-from rfa_fast.head import labelled_rows, output_layer, standing_aside
+from rfa_fast.head import head_aside, labelled_rows, standing_aside
 from rfa_fast.loss import Evaluation, Inputs, evaluate, prepare, remembered
 from rfa_fast.objective import FORGET, RETAIN, RFALoss
 from rfa_fast.patching import RFA
@@ -194,9 +194,11 @@ class Step:
     def _part(self, inputs: Inputs, labels: Tensor, batch: Batch) -> Evaluation:
         """Forward and backward of one part."""
         rfa, context = self.rfa, self.rfa._context
-        inputs, labels, batch = rfa._teacher.retain_first(context, inputs, labels, batch)
+        inputs, labels, batch = rfa._teacher.retain_first(
+            context, inputs, labels, batch, anew=self._compiled is not None
+        )
         with ExitStack() as stack:
-            stack.enter_context(rfa._one_batch())
+            stack.enter_context(rfa._one_batch(batch))
             stack.enter_context(self._autocast())
             output = self._prefix_output(inputs, batch.size)
             if output is not None:
@@ -208,8 +210,8 @@ class Step:
                 found = self._evaluate(inputs, labels, batch, memory, prediction, output)
             else:
                 memory, prediction = self._known(inputs, labels, batch, output)
-                head = output_layer(rfa.model, context)
-                if head is not None and context.head_stands_aside and labels.ndim == 2:
+                head = head_aside(rfa.model, labels, context)
+                if head is not None:
                     stack.enter_context(standing_aside(head))
                     stack.enter_context(_aside(context))
                 self._open(inputs, labels, batch, output)

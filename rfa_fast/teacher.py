@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from rfa_fast.forwards import in_front
 from rfa_fast.groups import Batch, GroupContext
-from rfa_fast.head import output_layer, standing_aside
+from rfa_fast.head import standing_aside
 from rfa_fast.modules import RFALayer
 from rfa_fast.objective import RETAIN
 from rfa_fast.ops.retain_rows import original_output
@@ -66,14 +66,14 @@ class Teacher:
         self._functions: list[Any] = []
 
     @contextmanager
-    def retain_alone(self, context: GroupContext) -> Iterator[None]:
-        """In teacher mode, let the original model's layers skip the samples that nothing is read of.
+    def retain_alone(self, context: GroupContext, batch: Batch) -> Iterator[None]:
+        """Let the original model's layers skip the samples of a batch that are not needed, where it says which are.
 
         Entered before a compiled function is called, with the same functions each time, as
         :meth:`rfa_fast.prefix.Prefix.shared` is.
         """
         # A forward that somebody else has put there is not ours to do without.
-        if not self._applies(context) or any("forward" in layer.__dict__ for layer in self._layers):
+        if batch.needed is None or any("forward" in layer.__dict__ for layer in self._layers):
             yield
             return
         if not self._functions:
@@ -82,30 +82,42 @@ class Teacher:
             yield
 
     def retain_first(
-        self, context: GroupContext, inputs: Tensor | Mapping[str, Any], labels: Tensor, batch: Batch
-    ) -> tuple[Tensor | Mapping[str, Any], Tensor, Batch]:
+        self, context: GroupContext, inputs: Tensor | Mapping[str, Any], labels: Tensor, batch: Batch, *,
+        anew: bool = False,
+    ) -> tuple[Tensor | Mapping[str, Any], Tensor, Batch]:  # fmt: skip
         """The batch with its samples to retain in front, in their order, and what the original model needs of it.
 
         No loss depends on the order. A batch is left as it is, and computed whole, where that saves nothing, or where
-        one of the inputs is not known to hold one entry per sample. It is put in order even if it is in order already:
-        a compiled graph would see the difference in what shares memory with what.
+        one of the inputs is not known to hold one entry per sample.
+
+        Args:
+            anew: copy a batch that is in order already, as our sampler's are: a compiled graph would see the
+                difference, in what shares memory with what.
         """
         if not (self._applies(context) and batch.samples.device.type == "cpu" and _by_sample(inputs, batch.size)):
             return inputs, labels, batch
-        order = (batch.samples != RETAIN).to(torch.int8).argsort(stable=True)
+        others = batch.samples != RETAIN
+        if not anew and bool((others[1:] >= others[:-1]).all()):
+            return inputs, labels, replace(batch, needed=_needed(batch, batch.samples))
+        order = others.to(torch.int8).argsort(stable=True)
         samples, tokens = batch.samples[order], None if batch.tokens is None else batch.tokens[order]
-        # As many tokens as samples: a model that puts the tokens in front could not be told from one that does not.
-        needed = torch.full_like(samples, RETAIN) if batch.length == batch.size else samples
         moved: Tensor | dict[str, Any]
         if isinstance(inputs, Tensor):
             moved = inputs[order]
         else:
             moved = {key: value[order] if isinstance(value, Tensor) else value for key, value in inputs.items()}
-        return moved, labels[order], replace(batch, samples=samples, tokens=tokens, needed=needed)
+        return moved, labels[order], replace(batch, samples=samples, tokens=tokens, needed=_needed(batch, samples))
 
     def _applies(self, context: GroupContext) -> bool:
         """In teacher mode, with the batch as the first axis."""
         return self.saves and context.config.mode == "teacher" and context.config.rows in ("auto", "batch")
+
+
+def _needed(batch: Batch, samples: Tensor) -> Tensor:
+    """The codes of a batch as the original model needs them; all of them count as retained where tokens are as many
+    as samples: a model that puts the tokens in front could not be told from one that does not.
+    """
+    return torch.full_like(samples, RETAIN) if batch.length == batch.size else samples
 
 
 def _by_sample(inputs: Tensor | Mapping[str, Any], size: int) -> bool:
@@ -128,7 +140,7 @@ def _skipping(layer: nn.Linear, context: GroupContext) -> Any:
 
     def forward(x: Tensor) -> Tensor:
         batch = context.batch
-        if context.recording and batch is not None and batch.needed is not None:
+        if context.recording and batch is not None:
             output = original_output(x, layer.weight, layer.bias, batch.needed)
             if output is not None:
                 return output
@@ -136,13 +148,6 @@ def _skipping(layer: nn.Linear, context: GroupContext) -> Any:
         return found
 
     return forward
-
-
-def head_to_skip(model: nn.Module, labels: Tensor, context: GroupContext) -> nn.Linear | None:
-    """The head whose logits the original model need not give, or `None`; one that stands aside already is left so."""
-    if labels.ndim != 2 or not context.head_stands_aside or context.head_is_aside:
-        return None
-    return output_layer(model, context)  # an adapted one is none in teacher mode
 
 
 def record_teacher(

@@ -266,6 +266,19 @@ def test_retained_samples_come_first():
     assert inputs["input_ids"] is ids
 
 
+def test_a_batch_in_order_is_not_copied_unless_a_graph_has_to_see_it_anew():
+    context = GroupContext(rfa_fast.RFAConfig(mode="teacher"))
+    inputs, labels, batch = {"input_ids": torch.arange(6).reshape(3, 2)}, torch.arange(3), batch_of([0, 0, 1])
+    same, their_labels, ordered = whole_net().retain_first(context, inputs, labels, batch)
+    assert same is inputs
+    assert their_labels is labels
+    assert ordered.needed.tolist() == [0, 0, 1]
+    anew, _, again = whole_net().retain_first(context, inputs, labels, batch, anew=True)
+    assert anew["input_ids"] is not inputs["input_ids"]
+    assert torch.equal(anew["input_ids"], inputs["input_ids"])
+    assert again.needed.tolist() == [0, 0, 1]
+
+
 def test_as_many_tokens_as_samples_are_put_in_order_and_computed():
     context = GroupContext(rfa_fast.RFAConfig(mode="teacher"))
     samples = torch.tensor([1, 0], dtype=torch.int8)

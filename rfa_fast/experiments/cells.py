@@ -90,36 +90,33 @@ class CellStore:
             if found is not None:
                 self.say(f"{name}: finished before, read from {path}")
             return found
-        others = self._others(name, path)
-        for other in others:
-            if (found := self._more(other, settings, kind)) is not None:
-                self.say(f"{name}: finished before with more measured, read from {other}")
-                return found
-        if others:
+        if (more := self._with_more(name, path, settings, kind)) is not None:
+            self.say(f"{name}: finished before with more measured, read from {more[0]}")
+            return more[1]
+        if others := self._others(name, path):
             self.say(f"{name}: {len(others)} in {path.parent} are of other settings or seeds; computing this one")
         return None
 
     def has(self, name: str, settings: Mapping[str, Any], kind: Callable[..., Any]) -> bool:
         """Whether the row is there, and need not be computed; a file that turns out to be broken is found later."""
         path = self.path(name, settings)
-        if path is None:
-            return False
-        return path.is_file() or any(
-            self._more(other, settings, kind) is not None for other in self._others(name, path)
-        )
+        return path is not None and (path.is_file() or self._with_more(name, path, settings, kind) is not None)
 
     def _others(self, name: str, path: Path) -> list[Path]:
         """Rows of this name with other settings."""
         return sorted(path.parent.glob(f"{slug(name)}-????????.json")) if self.keyed else []
 
-    def _more(self, path: Path, settings: Mapping[str, Any], kind: Callable[..., Content]) -> Content | None:
-        """The row in this file, if more was measured of it than these settings ask for."""
+    def _with_more(
+        self, name: str, path: Path, settings: Mapping[str, Any], kind: Callable[..., Content]
+    ) -> tuple[Path, Content] | None:
+        """A row of this name of which more was measured than these settings ask for, and its file."""
         if self.holds is None:
             return None
-        content, _ = self._content(path, kind)
-        if content is None or not self.holds(content["settings"], settings):
-            return None
-        return kind(**content["row"])
+        for other in self._others(name, path):
+            content, _ = self._content(other, kind)
+            if content is not None and self.holds(content["settings"], settings):
+                return other, kind(**content["row"])
+        return None
 
     def path(self, name: str, settings: Mapping[str, Any]) -> Path | None:
         """Where the row of this name and these settings is or would be; `None` where nothing is kept."""

@@ -191,13 +191,14 @@ def thinned(values: Sequence[Any], most: int = _CONFIDENCES) -> list[Any]:
 @contextmanager
 def bar(label: str, *, enabled: bool) -> Iterator[Callable[[int, int], None]]:
     """A progress bar on a terminal's standard error, as a callback of (done, in all); gone when it is full."""
-    from rich.console import Console
-    from rich.progress import Progress
+    if enabled:
+        from rich.console import Console
+        from rich.progress import Progress
 
-    console = Console(stderr=True)
-    if not enabled or not redraws(console):
-        yield lambda done, total: None
-        return
-    with Progress(console=console, transient=True) as shown:
-        task = shown.add_task(label, total=None)
-        yield lambda done, total: shown.update(task, completed=done, total=total or None)
+        console = Console(stderr=True)
+        if redraws(console):
+            with Progress(console=console, transient=True) as shown:
+                task = shown.add_task(label, total=None)
+                yield lambda done, total: shown.update(task, completed=done, total=total or None)
+            return
+    yield lambda done, total: None

@@ -125,11 +125,11 @@ def retain_linear(x: Tensor, weight: Tensor, bias: Tensor | None, samples: Tenso
     return output.reshape(*x.shape[:-1], weight.shape[0])
 
 
-def original_output(x: Tensor, weight: Tensor, bias: Tensor | None, samples: Tensor) -> Tensor | None:
+def original_output(x: Tensor, weight: Tensor, bias: Tensor | None, samples: Tensor | None) -> Tensor | None:
     """The output of a frozen `nn.Linear` by :func:`retain_linear`, or `None` where its own forward has to be run.
 
-    That is on an accelerator, with a weight that is more than a tensor (quantised, sharded), and for an input whose
-    first axis need not be the batch: where the second one is as long, or is the last (a row per sample costs little).
+    That is without codes, on an accelerator, with a weight that is more than a tensor (quantised, sharded), and for an
+    input whose first axis need not be the batch: where the second one is as long, or the last (a row each is cheap).
     In a compiled graph axes are not compared, which would compile it once more for a batch where they are equal.
 
     Example:
@@ -143,7 +143,7 @@ def original_output(x: Tensor, weight: Tensor, bias: Tensor | None, samples: Ten
     """
     if type(weight) is not nn.Parameter or x.device.type != "cpu" or torch.is_grad_enabled():
         return None
-    if x.ndim < 3 or x.shape[0] != samples.shape[0]:
+    if samples is None or x.ndim < 3 or x.shape[0] != samples.shape[0]:
         return None
     if not torch.compiler.is_compiling() and x.shape[1] == samples.shape[0]:
         return None
