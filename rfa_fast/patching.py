@@ -41,6 +41,7 @@ from rfa_fast.ranks import fit_ranks
 from rfa_fast.swap import adapt, restore
 from rfa_fast.targets import Plan, Targets
 from rfa_fast.teacher import Teacher, record_teacher
+from rfa_fast.training_state import read_state, trained_parameters, write_state
 from rfa_fast.undo import Undo
 
 
@@ -154,13 +155,7 @@ class RFA:
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """The trainable tensors by name: `"layer4.0.conv1.lora_a"` and so on."""
         self._check_live()
-        wanted = ("lora_a", "lora_b", "magnitude")
-        return {
-            f"{name}.{key}": layer._parameters[key]  # type: ignore[misc]
-            for name, layer in self.layers.items()
-            for key in wanted
-            if key in layer._parameters
-        }
+        return trained_parameters(self.layers)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Everything training changes, apart from the optimiser: adapters, and the last x̃ and ỹ.
@@ -168,15 +163,8 @@ class RFA:
         Returns:
             Detached tensors that share storage with the model's.
         """
-        out: dict[str, Tensor] = {name: p.detach() for name, p in self.named_parameters().items()}
-        for name, layer in self.layers.items():
-            for key in ("initial_a", "initial_b", "feature_mean", "feature_mean_known"):
-                value = layer._buffers.get(key)
-                if value is not None:
-                    out[f"{name}.{key}"] = value.detach()
-        if self._context.mean_prediction is not None:
-            out["mean_prediction"] = self._context.mean_prediction.detach()
-        return out
+        self._check_live()
+        return read_state(self.layers, self._context)
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Put back what :meth:`state_tensors` gave.
@@ -184,29 +172,8 @@ class RFA:
         Raises:
             ValueError: a tensor is missing, unknown or of another shape; nothing has been changed then.
         """
-        current = self.state_tensors()
-        volatile = ("feature_mean", "feature_mean_known", "mean_prediction")
-        required = {k for k in current if k.rpartition(".")[2] not in volatile}
-        optional = {f"{n}.{k}" for n in self.names for k in volatile} | {"mean_prediction"}
-        missing, unknown = sorted(required - set(tensors)), sorted(set(tensors) - required - optional)
-        if missing or unknown:
-            raise ValueError(
-                f"tensors: missing {missing[:3]}, unknown {unknown[:3]}; expected those of this patched model"
-            )
-        for name in required:
-            if tensors[name].shape != current[name].shape:
-                got, expected = tuple(tensors[name].shape), tuple(current[name].shape)
-                raise ValueError(f"{name}: got shape {got}, expected {expected}")
-        with torch.no_grad():
-            for name, value in tensors.items():
-                layer_name, _, key = name.rpartition(".")
-                if name in required:
-                    current[name].copy_(value)
-                elif layer_name:
-                    setattr(self.layers[layer_name], key, value.to(self._device(), copy=True))
-                else:
-                    self._context.mean_prediction = value.to(self._device(), copy=True)
-        self._context.seen_retain = "mean_prediction" in tensors or self._context.seen_retain
+        self._check_live()
+        write_state(self.layers, self._context, tensors, self._device())
 
     def loss(self, inputs: Inputs, labels: Tensor, forget: Tensor, valid: Tensor | None = None) -> RFALoss:
         """Run the model and return the loss of eq. 1-6.

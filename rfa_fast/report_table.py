@@ -137,8 +137,9 @@ def verdict(scenario: Scenario) -> str:
         ours, theirs = (metric.format(values[metric.key], 1) + unit for values in (row.metrics, reference.metrics))
         text += f", furthest on {name}: {ours} against {theirs}"
     if row.seconds and reference.seconds:
-        ratio = reference.seconds / row.seconds
-        speed = f"{ratio:.1f} times as fast" if ratio >= 1 else f"{1 / ratio:.1f} times as slow"
+        faster = row.seconds <= reference.seconds
+        times = f"{max(row.seconds, reference.seconds) / min(row.seconds, reference.seconds):.1f}"
+        speed = "as long" if times == "1.0" else f"{times} times as {'fast' if faster else 'slow'}"
         text += f". It took {duration(row.seconds)} against {duration(reference.seconds)}: {speed}"
     return text + "."
 

@@ -172,6 +172,8 @@ def test_the_sentence_and_the_times_of_a_scenario() -> None:
     rows = [MethodRow("Retrain", {"D_rt": 0.9}, 10.0), MethodRow("RFA", {"D_rt": 0.9}, 20.0), MethodRow("none")]
     expected = "RFA is close to Retrain in every column. It took 20.0 s against 10.0 s: 2.0 times as slow."
     assert verdict(Scenario("s", rows)) == expected
+    equal = [rows[0], MethodRow("RFA", {"D_rt": 0.9}, 10.3)]
+    assert verdict(Scenario("s", equal)).endswith("It took 10.3 s against 10.0 s: as long.")
     assert verdict(Scenario("s", [rows[0], rows[2]])) == ""
     assert [cell.text for cell in table_cells(Scenario("s", rows))[2]] == [""]
     times = [9.96, 99.96, 3599.0, 3630.0, math.nan]

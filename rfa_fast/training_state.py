@@ -1,0 +1,90 @@
+"""Everything that training changes in a patched model, as tensors by name: read, and put back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from rfa_fast.groups import GroupContext
+from rfa_fast.modules import RFALayer
+
+_TRAINED = ("lora_a", "lora_b", "magnitude")
+_FEATURES = ("feature_mean", "feature_mean_known")  # there from the first batch on
+_BUFFERS = ("initial_a", "initial_b", *_FEATURES)
+_PREDICTION = "mean_prediction"
+
+
+def trained_parameters(layers: Mapping[str, RFALayer]) -> dict[str, nn.Parameter]:
+    """The trainable tensors by name: `"layer4.0.conv1.lora_a"` and so on.
+
+    Example:
+        >>> import rfa_fast
+        >>> rfa = rfa_fast.patch(nn.Sequential(nn.Linear(4, 3)), ["0"], rank=2)
+        >>> list(trained_parameters(rfa.layers))
+        ['0.lora_a', '0.lora_b']
+    """
+    return {
+        f"{name}.{key}": layer._parameters[key]  # type: ignore[misc]
+        for name, layer in layers.items()
+        for key in _TRAINED
+        if key in layer._parameters
+    }
+
+
+def read_state(layers: Mapping[str, RFALayer], context: GroupContext) -> dict[str, Tensor]:
+    """The adapters, and the last x̃ and ỹ: detached tensors that share storage with the model's.
+
+    Example:
+        >>> import rfa_fast
+        >>> rfa = rfa_fast.patch(nn.Sequential(nn.Linear(4, 3)), ["0"], rank=2)
+        >>> sorted(rfa.state_tensors())
+        ['0.lora_a', '0.lora_b']
+    """
+    out: dict[str, Tensor] = {name: p.detach() for name, p in trained_parameters(layers).items()}
+    for name, layer in layers.items():
+        for key in _BUFFERS:
+            value = layer._buffers.get(key)
+            if value is not None:
+                out[f"{name}.{key}"] = value.detach()
+    if context.mean_prediction is not None:
+        out[_PREDICTION] = context.mean_prediction.detach()
+    return out
+
+
+def write_state(
+    layers: Mapping[str, RFALayer], context: GroupContext, tensors: Mapping[str, Tensor], device: torch.device
+) -> None:
+    """Put back what :func:`read_state` gave, x̃ and ỹ onto `device`.
+
+    Raises:
+        ValueError: a tensor is missing, unknown or of another shape; nothing has been changed then.
+
+    Example:
+        >>> import rfa_fast
+        >>> rfa = rfa_fast.patch(nn.Sequential(nn.Linear(4, 3)), ["0"], rank=2)
+        >>> rfa.load_state_tensors({"0.lora_a": torch.zeros(2, 4)})
+        Traceback (most recent call last):
+        ValueError: tensors: missing ['0.lora_b'], unknown []; expected those of this patched model
+    """
+    current = read_state(layers, context)
+    required = {k for k in current if k.rpartition(".")[2] not in (*_FEATURES, _PREDICTION)}
+    optional = {f"{n}.{k}" for n in layers for k in _FEATURES} | {_PREDICTION}
+    missing, unknown = sorted(required - set(tensors)), sorted(set(tensors) - required - optional)
+    if missing or unknown:
+        raise ValueError(f"tensors: missing {missing[:3]}, unknown {unknown[:3]}; expected those of this patched model")
+    for name in required:
+        if tensors[name].shape != current[name].shape:
+            got, expected = tuple(tensors[name].shape), tuple(current[name].shape)
+            raise ValueError(f"{name}: got shape {got}, expected {expected}")
+    with torch.no_grad():
+        for name, value in tensors.items():
+            layer_name, _, key = name.rpartition(".")
+            if name in required:
+                current[name].copy_(value)
+            elif layer_name:
+                setattr(layers[layer_name], key, value.to(device, copy=True))
+            else:
+                context.mean_prediction = value.to(device, copy=True)
+    context.seen_retain = _PREDICTION in tensors or context.seen_retain
