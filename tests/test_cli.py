@@ -243,6 +243,8 @@ def test_torchvision_with_weights_and_adapter_alone(place: Path) -> None:
     shown = figures(place / "out")
     assert list(shown["After"]) == ["D_r", "D_f", "D_t", "MIA"]
     assert shown["Retrain"] == shown["Before"]
+    notes = RunReport.from_json(place / "out" / "report.json").scenarios[0].notes
+    assert "Steps: 1; each sample to forget came 0.1 times" in notes[0]  # a batch of 4 holds one of the 8
     assert not (place / "out" / "model").exists()
     assert "model" not in result.stderr.rpartition("Written to")[2]
     run("evaluate", *common, "eval", "--against", "out/adapter", "--retrained", "original.safetensors")

@@ -101,7 +101,9 @@ def unlearn(
                                  rich_help_panel=_TRAINING, show_default="128 images or 32 texts")
     ] = None,
     forget_per_batch: Annotated[
-        str, typer.Option(metavar="auto|natural|N", help="Forget samples in each batch.", rich_help_panel=_TRAINING)
+        str, typer.Option(metavar="auto|natural|N", rich_help_panel=_TRAINING,
+                          help="Forget samples in each batch. auto: their share, at least one, so that few among many "
+                          "come several times an epoch; natural: a plain shuffle, each comes once.")
     ] = "auto",
     max_steps: Annotated[
         int | None, typer.Option(metavar="N", help="Stop after so many steps.", rich_help_panel=_TRAINING,
@@ -246,7 +248,11 @@ def _report(
     rows["After"] = (measured[-1], float(training["seconds"]))
     shown = scenario(
         prepared, rows, before="Before", after="After",
-        notes=[f"Steps: {training['steps']}; {_changed(result)} layers: {len(result.record['layers'])}.", *notes],
+        notes=[
+            f"Steps: {training['steps']}; each sample to forget came {_times(result)}; "
+            f"{_changed(result)} layers: {len(result.record['layers'])}.",
+            *notes,
+        ],
         settings={**settings_of(prepared), "model": model, "method": dict(settings)},
         losses=[{k: v for k, v in step.items() if isinstance(v, int | float)} for step in result.history],
         feature_distance=moved,
@@ -295,6 +301,12 @@ def _refuse_other_run(output: Path, *, resume: bool) -> None:
 
 def _changed(result: UnlearnResult) -> str:
     return "adapted" if METHODS[result.record["method"]].trains == "adapters" else "trained"
+
+
+def _times(result: UnlearnResult) -> str:
+    """How often the steps showed a sample to forget: `"once"`, `"3.7 times"` in the mean."""
+    drawn = result.record["training"]["forget_samples_drawn"] / result.record["forget"]["count"]
+    return "once" if drawn == 1 else f"{drawn:.1f} times"
 
 
 def _targets(targets: list[str] | None) -> str | list[str]:

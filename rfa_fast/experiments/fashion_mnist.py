@@ -28,7 +28,7 @@ RECIPE = {"epochs": 5, "batch_size": 128, "lr": 1e-3, "warmup_steps": 400, "sche
 # the weight on the forget terms is enough for it, and keeps half a point more of the rest. Of 128 samples a batch
 # has one or two, as heavy as all retained ones together: at full weight they cost points everywhere, and at a
 # tenth the model is less sure of them than of images it has never seen. Each comes once, so that the push does not
-# grow with the images beside them; and the rate falls, for the steps of a constant one leave half a point of D_t behind.
+# grow with the images beside them; and the rate falls, for a constant one leaves D_t half a point lower.
 SETTINGS: Settings = {
     "class": {"lr": 1e-3, "weights": [1.0, 0.1, 1.0, 0.1]},
     "sample": {"lr": 1e-3, "weights": [1.0, 0.03, 1.0, 0.03], "schedule": "cosine", "forget_per_batch": "natural"},
