@@ -17,11 +17,23 @@ from rfa_fast.step import compile_step
 SHAPES = ((4, 8), (4, 8), (3, 6), (5, 9), (2, 11))
 
 
-def pair(model, targets="deep", *, backend="aot_eager", lr=1e-2, optimizer=torch.optim.AdamW, options=None, **patch):
+def pair(
+    model,
+    targets="deep",
+    *,
+    backend="aot_eager",
+    lr=1e-2,
+    optimizer=torch.optim.AdamW,
+    options=None,
+    arithmetic="auto",
+    **patch,
+):
     """The same model twice: a step that is not compiled, one that is, and the count of its frames."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend(backend)
-    rfas = [rfa_fast.patch(each, targets, seed=0, **patch) for each in (model, copy.deepcopy(model))]
+    rfas = [
+        rfa_fast.patch(each, targets, seed=0, backend=arithmetic, **patch) for each in (model, copy.deepcopy(model))
+    ]
     optimizers = [optimizer(rfa.parameters(), lr=lr) for rfa in rfas]
     plain = compile_step(rfas[0], optimizers[0], compile=False, **(options or {}))
     return plain, compile_step(rfas[1], optimizers[1], backend=counter, **(options or {})), counter
@@ -77,6 +89,17 @@ def test_under_inductor_and_autocast():
     assert frames == [1, 1, 2, 2]
     assert compiled.optimizer.param_groups[0]["lr"] == plain.optimizer.param_groups[0]["lr"] == 1e-2
     assert torch.allclose(compiled.grad_norm, plain.grad_norm, rtol=5e-2)
+
+
+@pytest.mark.parametrize(("dtype", "backend"), [(torch.float64, "auto"), (torch.float32, "reference")])
+def test_the_head_that_is_not_fused_compiles_too(dtype, backend):
+    """Its ignored tokens are in the graph: their number is no shape of it."""
+    plain, compiled, counter = pair(tiny_language_model(2).to(dtype), rank=2, arithmetic=backend)
+    frames = []
+    for batch in batches(*SHAPES):
+        assert_same(compiled(*batch), plain(*batch))
+        frames.append(counter.frame_count)
+    assert frames == [1, 1, 2, 2, 2]
 
 
 def test_an_image_model():

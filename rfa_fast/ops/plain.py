@@ -184,8 +184,9 @@ def head_loss(
     """
     aligned = group
     if lora_a is None:
-        rows = (labels != IGNORED_LABEL).nonzero().squeeze(1)
-        hidden, labels, group = hidden[rows], labels[rows], group[rows]
+        if not torch.compiler.is_compiling():  # a graph has no shape that depends on labels
+            rows = (labels != IGNORED_LABEL).nonzero().squeeze(1)
+            hidden, labels, group = hidden[rows], labels[rows], group[rows]
     elif target is None:
         mean, usable = group_mean(hidden, group, (0,))
         with torch.no_grad():
@@ -206,9 +207,12 @@ def head_loss(
         logits, retain, forget = logits_of(part)
         return task_sums(logits, labels[part], group[part], soft_label), retain, forget
 
-    size = max(1, chunk_bytes // (4 * weight.shape[0])) if backend != "reference" else max(1, len(hidden))
-    # Counted first: a range that steps to the number of rows would fix that number under torch.compile.
-    parts = [slice(i * size, (i + 1) * size) for i in range((hidden.shape[0] + size - 1) // size)] or [slice(0, 0)]
+    if backend == "reference":
+        parts = [slice(None)]
+    else:
+        size = max(1, chunk_bytes // (4 * weight.shape[0]))
+        # Counted first: a range that steps to the number of rows would fix that number under torch.compile.
+        parts = [slice(i * size, (i + 1) * size) for i in range((hidden.shape[0] + size - 1) // size)] or [slice(0, 0)]
     if len(parts) == 1:
         logits, retain, forget = logits_of(parts[0])
         soft_label, _ = mean_prediction(logits, labels, group, fallback=fallback)
