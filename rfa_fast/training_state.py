@@ -39,7 +39,7 @@ def read_state(layers: Mapping[str, RFALayer], context: GroupContext) -> dict[st
     Example:
         >>> import rfa_fast
         >>> rfa = rfa_fast.patch(nn.Sequential(nn.Linear(4, 3)), ["0"], rank=2)
-        >>> sorted(rfa.state_tensors())
+        >>> sorted(read_state(rfa.layers, rfa._context))
         ['0.lora_a', '0.lora_b']
     """
     out: dict[str, Tensor] = {name: p.detach() for name, p in trained_parameters(layers).items()}
@@ -64,7 +64,7 @@ def write_state(
     Example:
         >>> import rfa_fast
         >>> rfa = rfa_fast.patch(nn.Sequential(nn.Linear(4, 3)), ["0"], rank=2)
-        >>> rfa.load_state_tensors({"0.lora_a": torch.zeros(2, 4)})
+        >>> write_state(rfa.layers, rfa._context, {"0.lora_a": torch.zeros(2, 4)}, torch.device("cpu"))
         Traceback (most recent call last):
         ValueError: tensors: missing ['0.lora_b'], unknown []; expected those of this patched model
     """

@@ -77,11 +77,11 @@ def language_batch(forget):
     return {"input_ids": ids, "attention_mask": mask}, ids, torch.tensor(forget)
 
 
-def after_steps(*, targets, compiled=False, adapter="lora"):
+def after_steps(*, targets, compiled=False, norm="mse", adapter="lora"):
     """Losses of a step on each of the masks (float64 unless compiled), and the adapters after them."""
     torch._dynamo.reset()
     model = tiny_language_model(4).to(torch.float32 if compiled else torch.float64)
-    rfa = rfa_fast.patch(model, targets, rank=2, seed=0, mode="teacher", adapter=adapter)
+    rfa = rfa_fast.patch(model, targets, rank=2, seed=0, mode="teacher", norm=norm, adapter=adapter)
     step = compile_step(rfa, torch.optim.SGD(rfa.parameters(), lr=0.5), compile=compiled)
     losses = [torch.stack(tuple(step(*language_batch(mask)))).double() for mask in MASKS]
     return torch.stack(losses), [each.double() for each in rfa.parameters()]
@@ -104,6 +104,7 @@ def whole(monkeypatch):
         ({"targets": "deep"}, True),
         ({"targets": "all"}, False),
         ({"targets": "all"}, True),
+        ({"targets": "deep", "norm": "l2"}, False),
         ({"targets": "deep", "adapter": "dora"}, False),
         ({"targets": "deep", "adapter": "pissa"}, False),
     ],
