@@ -89,7 +89,7 @@ FACTORY = ["{nets}:build", "--data", "images.npz", "--forget-class", "1"]
         pytest.param([*FACTORY, "--targets", "layer9"], "got 'layer9', which matched no layer", id="targets"),
         pytest.param([*FACTORY, "--mode", "pupil"], "mode: got 'pupil', expected one of 'residual'", id="mode"),
         pytest.param([*FACTORY, "--loss-weights", "1,2"], "weights: got (1.0, 2.0), expected four", id="loss weights"),
-        pytest.param([*FACTORY, "--autocast", "float16"], "--autocast: got 'float16'", id="autocast"),
+        pytest.param([*FACTORY, "--autocast", "float16"], "autocast: got 'float16', expected", id="autocast"),
         pytest.param([*FACTORY, "--dtype", "int8"], "dtype: got 'int8'", id="dtype"),
         pytest.param([*FACTORY, "--device", "cuda:9"], "device: got 'cuda:9'", id="device"),
         pytest.param([*FACTORY, "--data-option", "size"], "expected KEY=VALUE", id="data option"),

