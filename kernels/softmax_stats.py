@@ -88,7 +88,8 @@ def softmax_stats_kernel(
         old = base
         base = tl.where(top == float("-inf"), 0.0, top)
         z -= base[:, None]
-        total = total * tl.exp(old - base) + tl.sum(tl.exp(z), axis=1)
+        # `base` only rises, but for its start at 0, before which there is nothing to scale.
+        total = total * tl.exp(tl.minimum(old - base, 0.0)) + tl.sum(tl.exp(z), axis=1)
         if HAS_SOFT:
             wanted = forgotten[:, None] & (cols < V)[None, :]
             soft = tl.load(soft_ptr + cols[None, :] + rows[:, None] * 0, mask=wanted, other=0.0)
