@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rfa_fast.modules import RFALayer
+
 Inputs = Tensor | Mapping[str, Any]
 _MANIFEST = "prefix_cache.json"
 
@@ -29,7 +31,8 @@ class PrefixCache:
 
     Args:
         budget: bytes it may take, in memory or on disk.
-        folder: where to keep them; `None` for memory. A folder is used again by a later run of the same model.
+        folder: where to keep them; `None` for memory. A folder is used again by a later run of the same model with
+            the same prefix.
         samples: how many different samples there are, if known.
 
     Attributes:
@@ -57,22 +60,32 @@ class PrefixCache:
         self.folder = None if folder is None else Path(folder)
         self.hits = self.misses = self.size = 0
         self._rows: dict[str, Tensor] = {}
-        self._full, self._count = False, 0
+        self._full, self._count, self._owner = False, 0, ""
 
-    def open(self, model: nn.Module) -> None:
-        """Make or read the folder.
+    def open(self, model: nn.Module, *what: object) -> None:
+        """Make or read the folder; a cache in memory notes whose it is.
+
+        Args:
+            model: the patched one.
+            what: besides its weights, what the outputs depend on: the prefix's blocks, the dtype of products.
 
         Raises:
-            ValueError: the folder is of another model, or holds something else.
+            ValueError: the cache is of another model or another prefix, or the folder holds something else.
         """
+        mine = fingerprint(model, *what)
         if self.folder is None:
+            if self._owner not in ("", mine):
+                raise ValueError(
+                    "cache_prefix: got a cache of another model, prefix or dtype, expected a PrefixCache of its own"
+                )
+            self._owner = mine
             return
-        mine, manifest = fingerprint(model), self.folder / _MANIFEST
+        manifest = self.folder / _MANIFEST
         if manifest.is_file():
             theirs = json.loads(manifest.read_text(encoding="utf-8")).get("model")
             if theirs != mine:
                 raise ValueError(
-                    f"folder: {self.folder} holds the prefix of another model ({theirs}), expected {mine}; "
+                    f"folder: {self.folder} holds outputs of another model, prefix or dtype ({theirs}), expected {mine}; "
                     "delete it, or name another"
                 )
         elif self.folder.is_dir() and any(self.folder.iterdir()):
@@ -187,19 +200,26 @@ def sample_keys(inputs: Inputs, size: int) -> list[str]:
     return keys
 
 
-def fingerprint(model: nn.Module) -> str:
-    """A short name for a model's frozen weights: their names, shapes, dtypes and sums.
+def fingerprint(model: nn.Module, *what: object) -> str:
+    """A short name for what of a model stays: names, shapes, dtypes and sums of its frozen weights and of its buffers.
+
+    Args:
+        model: a patched one; what its adapted layers have for buffers is theirs and is left out.
+        what: more that the name is to tell apart.
 
     Example:
         >>> layer = nn.Linear(2, 2).requires_grad_(False)
-        >>> fingerprint(layer) == fingerprint(layer)
-        True
+        >>> fingerprint(layer) == fingerprint(layer), fingerprint(layer) == fingerprint(layer, "bfloat16")
+        (True, False)
     """
-    whole = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            total = parameter.detach().sum(dtype=torch.float64).item() if parameter.numel() else 0.0
-            whole.update(f"{name} {parameter.dtype} {tuple(parameter.shape)} {total!r};".encode())
+    whole = hashlib.sha256(repr(what).encode())
+    frozen = {name: parameter for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    for prefix, module in model.named_modules():
+        if not isinstance(module, RFALayer):
+            frozen |= dict(module.named_buffers(prefix, recurse=False))
+    for name, value in frozen.items():
+        total = value.detach().sum(dtype=torch.float64).item() if value.numel() else 0.0
+        whole.update(f"{name} {value.dtype} {tuple(value.shape)} {total!r};".encode())
     return whole.hexdigest()[:16]
 
 

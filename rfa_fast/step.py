@@ -115,7 +115,7 @@ def compile_step(
                 "cache_prefix: got True for a model whose first block is adapted, or whose blocks before that are not "
                 "one list; expected targets such as 'deep', which leave a frozen prefix"
             )
-        cache.open(rfa.model)
+        cache.open(rfa.model, rfa._prefix.names, autocast)
     options = (accumulate, max_norm, scheduler, scaler, autocast, nonfinite, cache, compile, backend)
     return Step(rfa, optimizer, *options)
 

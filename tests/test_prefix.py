@@ -91,17 +91,43 @@ def test_a_cached_prefix_changes_nothing(mode, where, tmp_path):
     assert (cache.hits, cache.misses) == (7, 7)
     if where == "disk":
         again = PrefixCache(2**20, tmp_path / "prefix")
-        again.open(model)
+        what = (rfa._prefix.names, None)
+        again.open(model, *what)
         assert again.size == cache.size > 0
         assert again.get(sample_keys(seen[0][0], 4), torch.device("cpu")) is not None
         with torch.no_grad():
             model.model.layers[0].mlp.up_proj.weight += 1
-        with pytest.raises(ValueError, match="prefix of another model"):
-            again.open(model)
+        with pytest.raises(ValueError, match="outputs of another model"):
+            again.open(model, *what)
         (tmp_path / "full").mkdir()
         (tmp_path / "full" / "notes.txt").write_text("mine")
         with pytest.raises(ValueError, match="holds no prefix cache"):
             PrefixCache(1, tmp_path / "full").open(model)
+
+
+@pytest.mark.parametrize("where", ["memory", "disk"])
+@pytest.mark.parametrize("change", ["targets", "autocast", "buffer", "weight"])
+def test_a_cache_of_another_prefix_is_refused(change, where, tmp_path):
+    def stepping(cache, targets="deep", autocast=None, changed=None):
+        model = torch.nn.Sequential(torch.nn.BatchNorm1d(4), *(torch.nn.Linear(4, 4) for _ in range(6)))
+        model.load_state_dict(state)
+        for name in changed or ():
+            model.state_dict()[name] += 1
+        rfa = rfa_fast.patch(model, targets, rank=2, seed=0)
+        optimizer = torch.optim.SGD(rfa.parameters(), lr=0.1)
+        return compile_step(rfa, optimizer, cache_prefix=cache, compile=False, autocast=autocast)
+
+    state = torch.nn.Sequential(torch.nn.BatchNorm1d(4), *(torch.nn.Linear(4, 4) for _ in range(6))).state_dict()
+    others = {
+        "targets": {"targets": ["6"]}, "autocast": {"autocast": torch.bfloat16},
+        "buffer": {"changed": ["0.running_mean"]}, "weight": {"changed": ["2.weight"]},
+    }  # fmt: skip
+    folder = tmp_path if where == "disk" else None
+    cache = PrefixCache(folder=folder)
+    stepping(cache, ["5"])(torch.ones(2, 4), torch.tensor([0, 1]), torch.tensor([True, False]))
+    stepping(cache if folder is None else PrefixCache(folder=folder), ["5"])
+    with pytest.raises(ValueError, match="another model, prefix or dtype"):
+        stepping(cache if folder is None else PrefixCache(folder=folder), **{"targets": ["5"], **others[change]})
 
 
 def test_compiled_with_a_cache():
