@@ -194,10 +194,6 @@ class GroupContext:
         if not torch.compiler.is_compiling():
             self.note_retain(batch)
 
-    def forget_reports(self) -> None:
-        """Drop what the adapted model reported, but not what the original one did."""
-        self.calls, self.terms, self.means = {}, {}, {}
-
     def end(self) -> None:
         """The forward is over: outside of it a layer has no group. What was reported stays until it is cleared."""
         self.batch, self.memory = None, {}

@@ -71,7 +71,7 @@ def logits_and_task(
     batch: Batch,
     context: GroupContext,
     fallback: Tensor | None,
-) -> TaskTerms:
+) -> TaskTerms | None:
     """Run the model on a batch and return its task terms.
 
     Args:
@@ -81,6 +81,10 @@ def logits_and_task(
         batch: the group codes.
         context: the model's.
         fallback: ỹ of the batch before, for one without a labelled retain row.
+
+    Returns:
+        `None` where the head stood aside and the model did something of its own to its logits: from then on it does
+        not stand aside, and the batch has to run once more.
 
     Raises:
         ValueError: logits whose shape does not fit the labels, or a label out of range.
@@ -97,8 +101,8 @@ def logits_and_task(
             hidden = output if len(seen) == 1 and output is seen[0] else None
         if hidden is not None:
             return _fused(head, hidden, labels, batch, context, fallback, shift)
-        context.forget_reports()
         context.head_stands_aside = False
+        return None
     logits = _logits(_run(model, inputs))
     if labels.ndim == 2:
         _check_length(labels, logits)

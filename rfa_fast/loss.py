@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from rfa_fast.checkpointing import blocks_checkpoint, mark
 from rfa_fast.config import RFAConfig
 from rfa_fast.groups import Batch, GroupContext, LayerTerms, batch_of, make_batch
-from rfa_fast.head import check_labels, head_aside, logits_and_task
+from rfa_fast.head import TaskTerms, check_labels, head_aside, logits_and_task
 from rfa_fast.modules import RFALayer
 from rfa_fast.objective import RFALoss, accumulation_dtype, combine
 from rfa_fast.teacher import record_teacher
@@ -96,14 +96,11 @@ def evaluate(
     Raises:
         ValueError: an adapted layer that did not run exactly once, or labels that do not fit.
     """
-    context.begin(batch, memory)
     context.prefix_output = prefix_output
     try:
-        if context.config.mode == "teacher":
-            args, kwargs = ((inputs,), {}) if isinstance(inputs, Tensor) else ((), inputs)
-            head = None if context.head_is_aside else head_aside(model, labels, context)
-            record_teacher(model, names, context, args, kwargs, head)
-        task = logits_and_task(model, inputs, labels, batch, context, mean_prediction)
+        task: TaskTerms | None = None
+        while task is None:  # a second time where the head stood aside for nothing
+            task = _forward(model, names, context, inputs, labels, batch, memory, mean_prediction)
         retain, forget = alignment(names, context)
         losses = combine(
             retain, forget, task.retain, task.forget, layers=len(names), gamma=context.config.gamma,
@@ -122,6 +119,19 @@ def evaluate(
         context.end()
         context.clear()
         context.prefix_output = None
+
+
+def _forward(
+    model: nn.Module, names: Sequence[str], context: GroupContext, inputs: Inputs, labels: Tensor, batch: Batch,
+    memory: Means, mean_prediction: Tensor | None,
+) -> TaskTerms | None:  # fmt: skip
+    """The forwards of a batch from its beginning; `None` where it has to run again, with the head in its place."""
+    context.begin(batch, memory)
+    if context.config.mode == "teacher":
+        args, kwargs = ((inputs,), {}) if isinstance(inputs, Tensor) else ((), inputs)
+        head = None if context.head_is_aside else head_aside(model, labels, context)
+        record_teacher(model, names, context, args, kwargs, head)
+    return logits_and_task(model, inputs, labels, batch, context, mean_prediction)
 
 
 def _finite(mean: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:

@@ -115,12 +115,24 @@ class RFALayer(nn.Module):
         return self._restored(out.output, layout.view, x)
 
     def _teacher_feature(self, context: GroupContext) -> Tensor | None:
-        """x'_t of teacher mode; it is let go unless a checkpointed block will ask for it again."""
+        """x'_t of teacher mode; it is let go unless a checkpointed block will ask for it again.
+
+        Raises:
+            ValueError: the original model did not run for this forward.
+        """
         if context.config.mode != "teacher":
             return None
         if torch.compiler.is_compiling() or context.checkpointed or context.silent:
-            return context.teacher.get(self.rfa_name)
-        return context.teacher.pop(self.rfa_name, None)
+            feature = context.teacher.get(self.rfa_name)
+        else:
+            feature = context.teacher.pop(self.rfa_name, None)
+        if feature is None:
+            raise ValueError(
+                f"layer {self.rfa_name!r}: got a forward without the original model's before it, which teacher mode "
+                "aligns with; expected the patched model itself to be called inside groups(), not its forward() or a "
+                "part of it"
+            )
+        return feature
 
     def report(
         self, retain: Tensor, forget: Tensor, codes: Tensor, aimed: Tensor, shape: Sequence[int], *, by_token: bool,

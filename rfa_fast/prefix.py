@@ -122,6 +122,8 @@ class Prefix:
         def forward(*args: Any, **kwargs: Any) -> Any:
             kept = context.prefix_outputs
             if not context.recording:
+                if not context.enabled or not kept:  # the original model itself, or a forward it did not run before
+                    return original(*args, **kwargs)
                 return kept[self._owner(index, kept)]
             # What goes straight into the next block of the same list is not needed a second time.
             if self._runs[index] and args and _hands_over(kept.get(index - 1), args[0]):

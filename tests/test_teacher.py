@@ -6,7 +6,7 @@ import mmap
 
 import pytest
 import torch
-from step_cases import VOCABULARY, TinyBlocks, tiny_language_model
+from step_cases import VOCABULARY, TinyBlocks, batches, tiny_language_model
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -330,3 +330,38 @@ def test_the_order_matters_where_a_linear_layer_runs():
     )
     rfa = rfa_fast.patch(blocks, ["0.0", "3"], rank=1, seed=0, mode="teacher")
     assert not teacher.Teacher(rfa.model, ["0", "1"], []).saves
+
+
+def test_a_model_that_changes_its_logits_is_compared_with_the_original_from_the_first_batch_on():
+    def halved(_, __, output):
+        output.logits = output.logits / 2
+
+    model = tiny_language_model(4)
+    model.register_forward_hook(halved)
+    rfa = rfa_fast.patch(model, "deep", rank=2, seed=0, mode="teacher")
+    with torch.no_grad():
+        for layer in rfa.layers.values():
+            layer.lora_b.normal_()
+    batch = next(batches((4, 8)))
+    first, second = rfa.loss(*batch), rfa.loss(*batch)
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+    assert first.retain_align > 0
+
+
+@pytest.mark.parametrize("targets", ["deep", "all"])
+def test_a_forward_that_the_original_did_not_run_before_is_refused_or_plain(targets):
+    model = tiny_language_model(4)
+    ids, forget = torch.arange(8).reshape(2, 4), torch.tensor([False, True])
+    before = model.eval()(ids).logits
+    rfa = rfa_fast.patch(model, targets, rank=2, seed=0, mode="teacher")
+    with rfa.groups(forget):
+        with rfa.disabled():
+            assert torch.equal(model(ids).logits, before)
+        with pytest.raises(ValueError, match="expected the patched model itself to be called inside groups"):
+            model.forward(ids)
+        model(ids)
+        with rfa.disabled():
+            assert torch.equal(model(ids).logits, before)
+            assert not torch.equal(model(ids + 1).logits, before)
+        assert rfa.alignment_loss().item() >= 0
