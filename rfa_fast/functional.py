@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rfa_fast.config import Backend, Norm
 from rfa_fast.kernels.conv2d_geometry import geometry, pair, resolve_padding
-from rfa_fast.objective import accumulation_dtype
+from rfa_fast.objective import accumulation_dtype, check_range
 from rfa_fast.ops import backends
 
 Unit = Literal["row", "sample"]
@@ -272,7 +272,8 @@ def rfa_head_loss(
         backend: see :func:`rfa_fast.ops.backends.select`; `"reference"` holds all the logits.
 
     Raises:
-        ValueError: shapes that do not fit, one adapter without the other, a backend that is not there.
+        ValueError: shapes that do not fit, a label of a retain row that is no class (on an accelerator an assertion of
+            the device), one adapter without the other, a backend that is not there.
         TypeError: labels that are not int64, or an unsupported dtype.
 
     Example:
@@ -298,7 +299,14 @@ def rfa_head_loss(
     if tuple(group.shape) != (hidden.shape[0],):
         raise ValueError(f"group: got shape {tuple(group.shape)}, expected ({hidden.shape[0]},)")
     _check_group(group, (hidden.shape[0],), hidden.device)
+    check_range(labels, group, weight.shape[0])
     _check_target("target", target, (weight.shape[0],), hidden)
+    if mean_prediction is not None:
+        _check_float(mean_prediction=mean_prediction)
+        _check_device("mean_prediction", mean_prediction, hidden.device)
+        if tuple(mean_prediction.shape) != (weight.shape[0],):
+            got = tuple(mean_prediction.shape)
+            raise ValueError(f"mean_prediction: got shape {got}, expected ({weight.shape[0]},), one entry per class")
     if chunk_bytes is None:
         chunk_bytes = CHUNK_BYTES_CPU if hidden.device.type == "cpu" else CHUNK_BYTES
     if chunk_bytes < 1:

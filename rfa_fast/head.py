@@ -20,7 +20,7 @@ from rfa_fast.forwards import in_front
 from rfa_fast.functional import HeadLoss, rfa_head_loss
 from rfa_fast.groups import Batch, GroupContext
 from rfa_fast.modules import RFALayer
-from rfa_fast.objective import FORGET, IGNORE, IGNORED_LABEL, RETAIN, TaskSums, mean_prediction, task_sums
+from rfa_fast.objective import FORGET, IGNORE, IGNORED_LABEL, RETAIN, TaskSums, check_range, mean_prediction, task_sums
 from rfa_fast.targets import output_embeddings
 
 
@@ -114,7 +114,7 @@ def logits_and_task(
             raise ValueError(
                 f"labels: got shape {tuple(labels.shape)} beside logits {tuple(logits.shape)}, expected (B, C)"
             )
-    _check_range(rows, codes, logits.shape[1])
+    check_range(rows, codes, logits.shape[1])
     soft_label, _ = mean_prediction(logits, rows, codes, fallback=fallback)
     return _terms(task_sums(logits, rows, codes, soft_label), soft_label, batch)
 
@@ -155,7 +155,6 @@ def _fused(
     """The terms from hidden states `(B, T, K)`; an adapted head reports its alignment as every layer does."""
     _check_length(labels, hidden)
     rows, codes = _token_rows(labels, batch, shift)
-    _check_range(rows, codes, head.weight.shape[0])
     config = context.config
     if not isinstance(head, RFALayer):
         sums = rfa_head_loss(
@@ -173,7 +172,10 @@ def _fused(
     if sums.retain_align is None or sums.forget_align is None:
         raise ValueError(f"layer {head.rfa_name!r}: the operator returned no loss for its group")
     forget = torch.where(known, sums.forget_align, 0)
-    head.report(sums.retain_align, forget, codes, aimed, (codes.shape[0], head.weight.shape[0]), by_token=True)
+    head.report(
+        sums.retain_align, forget, codes, aimed, (codes.shape[0], head.weight.shape[0]),
+        by_token=batch.tokens is not None,
+    )  # fmt: skip
     return _terms(sums, sums.mean_prediction, batch)
 
 
@@ -261,14 +263,3 @@ def _check_length(labels: Tensor, logits: Tensor) -> None:
         raise ValueError(
             f"labels: got shape {tuple(labels.shape)}, expected {tuple(logits.shape[:2])} to fit the logits"
         )
-
-
-def _check_range(labels: Tensor, codes: Tensor, classes: int) -> None:
-    """Labels of retain rows must name a class; checked where that costs no device synchronisation."""
-    read = (codes == RETAIN) & (labels != IGNORED_LABEL)
-    fine = (~read | ((labels >= 0) & (labels < classes))).all()
-    if labels.device.type != "cpu":
-        torch._assert_async(fine, f"labels: expected values in [0, {classes}) or -100")
-    elif not torch.compiler.is_compiling() and not bool(fine):
-        bad = labels[read & ((labels < 0) | (labels >= classes))]
-        raise ValueError(f"labels: got {int(bad[0])}, expected values in [0, {classes}), or -100 to leave a sample out")

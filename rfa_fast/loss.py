@@ -108,8 +108,8 @@ def evaluate(
         )  # fmt: skip
         losses = mark(losses, context)
         pairs = [torch.stack(tuple(context.terms[name])) for name in names]
-        means = {name: _finite(*context.means[name]) for name in names if name in context.means}
-        prediction, known = _finite(
+        means = {name: finite_mean(*context.means[name]) for name in names if name in context.means}
+        prediction, known = finite_mean(
             task.mean_prediction.detach(), torch.ones((), dtype=torch.bool, device=losses.total.device)
         )
         if mean_prediction is not None:
@@ -134,8 +134,13 @@ def _forward(
     return logits_and_task(model, inputs, labels, batch, context, mean_prediction)
 
 
-def _finite(mean: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
-    """A mean as it may be kept for a later batch: one that is not finite is not known, and 0."""
+def finite_mean(mean: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+    """A mean as it may be kept for a later batch: one that is not finite is not known, and 0.
+
+    Example:
+        >>> finite_mean(torch.tensor([float("nan"), 1.0]), torch.tensor(True))
+        (tensor([0., 0.]), tensor(False))
+    """
     finite = torch.isfinite(mean).all()
     return torch.where(finite, mean, 0.0), known & finite
 

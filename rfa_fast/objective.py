@@ -331,3 +331,21 @@ def weight_norms(weight: Tensor) -> Tensor:
     """
     norms: Tensor = torch.linalg.vector_norm(weight.flatten(1), dim=1)
     return norms
+
+
+def check_range(labels: Tensor, codes: Tensor, classes: int) -> None:
+    """Labels of retain rows must name a class; checked where that costs no device synchronisation.
+
+    Raises:
+        ValueError: one does not, on a CPU; on an accelerator an assertion of the device fails.
+
+    Example:
+        >>> check_range(torch.tensor([2, 9]), torch.tensor([0, 1], dtype=torch.int8), 3)
+    """
+    read = (codes == RETAIN) & (labels != IGNORED_LABEL)
+    fine = (~read | ((labels >= 0) & (labels < classes))).all()
+    if labels.device.type != "cpu":
+        torch._assert_async(fine, f"labels: expected values in [0, {classes}) or -100")
+    elif not torch.compiler.is_compiling() and not bool(fine):
+        bad = labels[read & ((labels < 0) | (labels >= classes))]
+        raise ValueError(f"labels: got {int(bad[0])}, expected values in [0, {classes}), or -100 to leave a sample out")

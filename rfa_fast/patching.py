@@ -26,6 +26,7 @@ from rfa_fast.loss import (
     alignment,
     eval_behaviour,
     evaluate,
+    finite_mean,
     keep,
     prepare,
     remembered,
@@ -252,7 +253,8 @@ class RFA:
         """
         self._check_live()
         retain, forget = alignment(self.names, self._context)
-        keep(self.layers, self._context, self._context.means, self._context.terms)
+        means = {name: finite_mean(*found) for name, found in self._context.means.items()}
+        keep(self.layers, self._context, means, self._context.terms)
         zero = torch.zeros_like(retain)
         terms = combine(
             retain, forget, zero, zero, layers=len(self.names), gamma=self.config.gamma, weights=self.config.weights
@@ -290,7 +292,7 @@ class RFA:
         The sum is taken in fp32 (fp64 for fp64 weights) and cast once.
 
         Args:
-            dtype: cast the whole model to this floating dtype first; rounding into bf16 can undo the
+            dtype: what the sum, and the whole model besides, is cast to; rounding into bf16 can undo the
                 forgetting, `torch.float32` keeps it.
 
         Returns:

@@ -85,8 +85,8 @@ class PrefixCache:
             theirs = json.loads(manifest.read_text(encoding="utf-8")).get("model")
             if theirs != mine:
                 raise ValueError(
-                    f"folder: {self.folder} holds outputs of another model, prefix or dtype ({theirs}), expected {mine}; "
-                    "delete it, or name another"
+                    f"folder: {self.folder} holds outputs of another model, prefix or dtype ({theirs}), expected "
+                    f"{mine}; delete it, or name another"
                 )
         elif self.folder.is_dir() and any(self.folder.iterdir()):
             raise ValueError(f"folder: {self.folder} holds no prefix cache, expected an empty or a new folder")

@@ -61,7 +61,8 @@ def compile_step(
             it has no retain samples.
         max_norm: clip the gradient to this L2 norm.
         scheduler: stepped after every optimizer step.
-        scaler: loss scaling for fp16 autocast.
+        scaler: loss scaling for fp16 autocast; one that is disabled counts as none. It skips steps that are not finite
+            by itself, whatever `nonfinite` says; they are counted.
         autocast: dtype that products are taken in, `torch.bfloat16` or `torch.float16`.
         nonfinite: what happens to a step whose gradient is NaN or infinite: the optimizer does not see it, and then
             `"raise"` a FloatingPointError that names the step and the layers, or `"skip"` it and count it. On an
@@ -106,6 +107,8 @@ def compile_step(
             f"optimizer: got one without {left_out[0]!r} ({len(left_out)} left out), expected all of rfa.parameters(); "
             "an optimizer made before patch() trains nothing"
         )
+    if scaler is not None and not scaler.is_enabled():
+        scaler = None
     cache = PrefixCache() if cache_prefix is True else cache_prefix or None
     if cache is not None:
         if not isinstance(cache, PrefixCache):
@@ -291,6 +294,7 @@ class Step:
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self._unasked = None  # the scaler expects such steps, and skips them itself
+            self.skipped += not math.isfinite(norm.item())  # it has asked the device as well
         elif norm.device.type != "cpu" and getattr(self.optimizer, "_step_supports_amp_scaling", False):
             self.optimizer.grad_scale, self.optimizer.found_inf = None, (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
             self.optimizer.step()

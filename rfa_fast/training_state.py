@@ -56,10 +56,11 @@ def read_state(layers: Mapping[str, RFALayer], context: GroupContext) -> dict[st
 def write_state(
     layers: Mapping[str, RFALayer], context: GroupContext, tensors: Mapping[str, Tensor], device: torch.device
 ) -> None:
-    """Put back what :func:`read_state` gave, x̃ and ỹ onto `device`.
+    """Put back what :func:`read_state` gave, x̃ and ỹ onto `device`; those that are not given are not known.
 
     Raises:
-        ValueError: a tensor is missing, unknown or of another shape; nothing has been changed then.
+        ValueError: a tensor is missing, unknown, or of another shape or kind than this model's; nothing has been
+            changed then.
 
     Example:
         >>> import rfa_fast
@@ -78,13 +79,50 @@ def write_state(
         if tensors[name].shape != current[name].shape:
             got, expected = tuple(tensors[name].shape), tuple(current[name].shape)
             raise ValueError(f"{name}: got shape {got}, expected {expected}")
+    for name, layer in layers.items():
+        _check_feature_mean(name, layer, *(tensors.get(f"{name}.{key}") for key in _FEATURES))
+    _check_prediction(tensors.get(_PREDICTION), context.mean_prediction)
     with torch.no_grad():
+        for name in sorted(optional - set(tensors)):
+            _set_volatile(layers, context, name, None)
         for name, value in tensors.items():
-            layer_name, _, key = name.rpartition(".")
             if name in required:
                 current[name].copy_(value)
-            elif layer_name:
-                setattr(layers[layer_name], key, value.to(device, copy=True))
             else:
-                context.mean_prediction = value.to(device, copy=True)
+                _set_volatile(layers, context, name, value.to(device, copy=True))
     context.seen_retain = _PREDICTION in tensors or context.seen_retain
+
+
+def _set_volatile(layers: Mapping[str, RFALayer], context: GroupContext, name: str, value: Tensor | None) -> None:
+    layer, _, key = name.rpartition(".")
+    if layer:
+        setattr(layers[layer], key, value)
+    else:
+        context.mean_prediction = value
+
+
+def _check_feature_mean(name: str, layer: RFALayer, mean: Tensor | None, known: Tensor | None) -> None:
+    """x̃ of a layer, whose outputs are its last axis, or a convolution's first; and for which positions it is known."""
+    if mean is None and known is None:
+        return
+    if mean is None or known is None:
+        raise ValueError(f"{name}.feature_mean, {name}.feature_mean_known: got one of them, expected both or neither")
+    outputs = layer.lora_b.shape[0]
+    convolution = layer.lora_b.ndim == 4
+    fits = mean.is_floating_point() and mean.ndim >= 1 and mean.shape[0 if convolution else -1] == outputs
+    if not fits or (convolution and mean.ndim != 3):
+        expected = f"({outputs}, H, W)" if convolution else f"(..., {outputs})"
+        raise ValueError(f"{name}.feature_mean: got {mean.dtype} {tuple(mean.shape)}, expected floats of {expected}")
+    axes = zip(reversed(known.shape), reversed(mean.shape), strict=False)
+    if known.dtype != torch.bool or known.ndim > mean.ndim or any(a not in (1, b) for a, b in axes):
+        got, expected = f"{known.dtype} {tuple(known.shape)}", f"bool that broadcasts to {tuple(mean.shape)}"
+        raise ValueError(f"{name}.feature_mean_known: got {got}, expected {expected}")
+
+
+def _check_prediction(given: Tensor | None, current: Tensor | None) -> None:
+    """ỹ: a probability for every class."""
+    if given is None:
+        return
+    if given.ndim != 1 or not given.is_floating_point() or (current is not None and given.shape != current.shape):
+        expected = "(classes,)" if current is None else str(tuple(current.shape))
+        raise ValueError(f"{_PREDICTION}: got {given.dtype} {tuple(given.shape)}, expected floats of {expected}")

@@ -229,3 +229,17 @@ def test_wrong_arguments_of_the_convolution_and_the_head():
         rfa_head_loss(hidden, head, torch.zeros(3, dtype=torch.int64), group, lora_a=torch.zeros(1, 4))
     with pytest.raises(ValueError, match="chunk_bytes: got 0"):
         rfa_head_loss(hidden, head, torch.zeros(3, dtype=torch.int64), group, chunk_bytes=0)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_the_head_refuses_what_it_would_read_beyond_its_classes(backend):
+    hidden, weight = torch.randn(3, 4), torch.randn(5, 4)
+    labels, group = torch.tensor([4, 0, 1]), torch.tensor([0, 1, 0], dtype=torch.int8)
+    for shape in ((4,), (1,), (1, 5)):
+        with pytest.raises(ValueError, match=r"mean_prediction: got shape .*, expected \(5,\)"):
+            rfa_head_loss(hidden, weight, labels, group, mean_prediction=torch.zeros(shape), backend=backend)
+    with pytest.raises(TypeError, match="mean_prediction: got torch.int64"):
+        rfa_head_loss(hidden, weight, labels, group, mean_prediction=torch.zeros(5, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"labels: got 5, expected values in \[0, 5\)"):
+        rfa_head_loss(hidden, weight, labels + 1, group, backend=backend)
+    rfa_head_loss(hidden, weight, torch.tensor([4, 9, -100]), group, backend=backend)  # unread where it forgets

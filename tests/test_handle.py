@@ -359,3 +359,16 @@ def test_positions_keep_their_own_mean_with_sample_means() -> None:
     all_forget = torch.ones(4, dtype=torch.bool)
     expected = torch.stack([y[:, t] - means[t] for t in range(5)]).square().mean()
     assert rfa.loss(x, LABELS % 2, all_forget).forget_align.item() == pytest.approx(expected.item(), rel=1e-10)
+
+
+def test_a_mean_that_is_not_finite_is_not_aimed_at_by_a_loop_of_ones_own():
+    net = nn.Sequential(nn.Linear(4, 3))
+    rfa = rfa_fast.patch(net, ["0"], rank=2, seed=0)
+    retain, forget = torch.zeros(2, dtype=torch.bool), torch.ones(2, dtype=torch.bool)
+    for x, flags, expected in (
+        (torch.full((2, 4), math.nan), retain, math.nan),
+        (torch.ones(2, 4), forget, 0.0),  # nothing to align with yet
+    ):
+        with rfa.groups(flags):
+            net(x)
+            assert torch.allclose(rfa.alignment_loss(), torch.tensor(expected), equal_nan=True)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from step_cases import TinyBlocks, batches, tiny_language_model
+from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
@@ -195,9 +197,47 @@ def test_loss_scaling():
     before = parameters_of(step)
     step(*batch)
     assert all(torch.equal(p, before[name]) for name, p in parameters_of(step).items())
+    assert (step.steps, step.skipped) == (1, 1)
     scaler.update(4.0)
     step(*batch)
+    assert (step.steps, step.skipped) == (2, 1)
     assert any(not torch.equal(p, before[name]) for name, p in parameters_of(step).items())
+
+
+def test_a_scaler_that_is_off_leaves_the_watch_over_gradients_on():
+    rfa = rfa_fast.patch(TinyBlocks(), ["1.up", "2.up"], rank=2, seed=0)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    step = compile_step(rfa, torch.optim.SGD(rfa.parameters(), lr=0.1), scaler=scaler, compile=False)
+    before = parameters_of(step)
+    with pytest.raises(FloatingPointError, match="step 1: got NaN"):
+        step(torch.full((6, 5), math.nan), torch.arange(6) % 3, torch.arange(6) < 2)
+    assert all(torch.equal(p, before[name]) for name, p in parameters_of(step).items())
+
+
+class Frames(nn.Module):
+    """Labels per row of inputs that are no tokens, and an adapted head."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.proj = nn.Linear(5, 5), nn.Linear(5, 7, bias=False)
+
+    def get_output_embeddings(self):
+        return self.proj
+
+    def forward(self, x):
+        return SimpleNamespace(logits=self.proj(self.body(x).tanh()))
+
+
+def test_accumulated_parts_share_an_adapted_head_by_samples_where_there_are_no_tokens():
+    torch.manual_seed(0)
+    rfa = rfa_fast.patch(Frames(), ["proj"], rank=2, seed=0)
+    with torch.no_grad():
+        rfa.layers["proj"].lora_b.normal_()
+    x, labels, forget = torch.randn(4, 3, 5), torch.randint(0, 7, (4, 3)), torch.tensor([False, True, False, False])
+    parts = [rfa.loss(x[part], labels[part], forget[part]) for part in (slice(0, 2), slice(2, 4))]
+    wanted = (1 * parts[0].retain_align + 2 * parts[1].retain_align) / 3
+    step = compile_step(rfa, torch.optim.SGD(rfa.parameters(), lr=0.0), accumulate=2, compile=False)
+    assert torch.allclose(step(x, labels, forget).retain_align, wanted.detach())
 
 
 @pytest.mark.parametrize("compile", [False, True])
