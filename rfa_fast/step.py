@@ -250,7 +250,8 @@ class Step:
     def _known(self, inputs: Inputs, labels: Tensor, batch: Batch, output: Tensor | None) -> tuple[Memory, Tensor]:
         """x̃ and ỹ of the batch before in the shapes of this one: zeros that are not known yet where there are none."""
         rfa, context = self.rfa, self.rfa._context
-        key = _shape_of(inputs, labels, batch)[1:]
+        # Means over tokens are one vector, whatever the length.
+        key = "tokens" if batch.token_units else _shape_of(inputs, labels, batch)[1:]
         if key not in self._shapes:
             with torch.no_grad():
                 found = self._evaluate(inputs, labels, batch, remembered(rfa.layers), context.mean_prediction, output)

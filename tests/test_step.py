@@ -181,6 +181,17 @@ def test_a_part_without_retain_samples_aims_at_the_part_before():
     assert torch.allclose(sum(terms.forget for terms in by_layer.values()), losses.forget_align)
 
 
+def test_the_first_batch_alone_runs_uncompiled_whatever_the_lengths_of_the_others():
+    rfa = rfa_fast.patch(tiny_language_model(2), "deep", rank=2, seed=0)
+    step = compile_step(rfa, torch.optim.SGD(rfa.parameters(), lr=0.1), backend="eager")
+    uncompiled = []
+    inner = step._evaluate
+    step._evaluate = lambda *args: uncompiled.append(1) or inner(*args)
+    for batch in batches(*SHAPES):
+        step(*batch)
+    assert len(uncompiled) == 1
+
+
 def test_accumulation_compiles_no_more():
     plain, compiled, counter = pair(tiny_language_model(2), rank=2, options={"accumulate": 2})
     for batch in batches((4, 8), (4, 8), (6, 5)):
