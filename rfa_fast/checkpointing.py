@@ -10,12 +10,16 @@ transformers' switch asks for it, the same blocks are checkpointed the other way
 layer refuses. transformers' switch works only while a block is training, and lets the embeddings require a gradient,
 which would put the frozen prefix under autograd: for the time of a batch the blocks carry the flag, what is in them
 does not, and the hooks on the embeddings rest.
+
+A batch has eval behaviour, and so has the second run of a block, however long after the batch it comes and whatever the
+training flags are by then.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -27,11 +31,14 @@ from torch.autograd import Variable
 from rfa_fast.groups import Batch, GroupContext
 from rfa_fast.objective import RFALoss
 
+_KINDER: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Any]] = weakref.WeakKeyDictionary()
+
 
 @dataclass
 class Snapshot:
     """What a layer needs to compute a second time what it computed for a batch."""
 
+    model: nn.Module
     batch: Batch
     memory: Mapping[str, tuple[Tensor, Tensor]]
     teacher: dict[str, Tensor]
@@ -49,21 +56,24 @@ class _Mark(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         context = ctx.context
         context.replay = ctx.snapshot
+        training = _flagged(ctx.snapshot.model)
+        _set_training(training, False)
 
         def over() -> None:
             context.replay = None
+            _set_training(training, True)
 
         Variable._execution_engine.queue_callback(over)
         return None, None, *grads
 
 
-def mark(losses: RFALoss, context: GroupContext) -> RFALoss:
+def mark(losses: RFALoss, model: nn.Module, context: GroupContext) -> RFALoss:
     """The losses, whose backward lets checkpointed blocks find the batch that they are about."""
     if not losses.total.requires_grad or torch.compiler.is_compiling() or context.reported is None:
         return losses
     # Features are kept for the second run of a block only where there is one.
     teacher = dict(context.teacher) if context.checkpointed else {}
-    marked: Any = _Mark.apply(context, Snapshot(*context.reported, teacher), *losses)
+    marked: Any = _Mark.apply(context, Snapshot(model, *context.reported, teacher), *losses)
     return RFALoss(*marked)
 
 
@@ -112,13 +122,12 @@ def blocks_checkpoint(model: nn.Module) -> Iterator[None]:
         return
     flags = [(module, module.training) for module in switched]
     given: list[tuple[nn.Module, Any]] = [(m, m.__dict__.get("_gradient_checkpointing_func")) for m in switched]
-    functions = [(module, function) for module, function in given if _reentrant(function)]
+    functions = [(module, function) for module, function in given if function is not None]
     hooks = _embedding_hooks(model)
     for module in switched:
         module.training = True
     for module, function in functions:
-        kinder = functools.partial(function.func, *function.args, **{**function.keywords, "use_reentrant": False})
-        object.__setattr__(module, "_gradient_checkpointing_func", kinder)
+        object.__setattr__(module, "_gradient_checkpointing_func", _kinder(module, function))
     before = [(registry, dict(registry)) for registry, _ in hooks]
     for registry, key in hooks:
         registry.pop(key, None)
@@ -132,6 +141,46 @@ def blocks_checkpoint(model: nn.Module) -> Iterator[None]:
             object.__setattr__(module, "_gradient_checkpointing_func", function)
         for module, flag in flags:
             module.training = flag
+
+
+def _kinder(module: nn.Module, given: Any) -> Any:
+    """The checkpointing function of a block in its right form, with eval behaviour in what it runs.
+
+    The same one from one batch to the next, as a compiled graph asks. Compiled, the second run is part of the graph,
+    which flags that change in it would break.
+    """
+    known = _KINDER.get(module)
+    if known is not None and known[0] is given:
+        return known[1]
+    function, block = given, weakref.ref(module)
+    if _reentrant(given):
+        function = functools.partial(given.func, *given.args, **{**given.keywords, "use_reentrant": False})
+
+    def checkpointed(run: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return function(run, *args, **kwargs)
+
+        def calm(*args: Any, **kwargs: Any) -> Any:
+            training = _flagged(block())
+            _set_training(training, False)
+            try:
+                return run(*args, **kwargs)
+            finally:
+                _set_training(training, True)
+
+        return function(calm, *args, **kwargs)
+
+    _KINDER[module] = given, checkpointed
+    return checkpointed
+
+
+def _flagged(model: nn.Module | None) -> list[nn.Module]:
+    return [] if model is None else [module for module in model.modules() if module.training]
+
+
+def _set_training(modules: Sequence[nn.Module], flag: bool) -> None:
+    for module in modules:
+        module.training = flag
 
 
 def _reentrant(function: Any) -> bool:

@@ -106,7 +106,7 @@ def evaluate(
             retain, forget, task.retain, task.forget, layers=len(names), gamma=context.config.gamma,
             weights=context.config.weights,
         )  # fmt: skip
-        losses = mark(losses, context)
+        losses = mark(losses, model, context)
         pairs = [torch.stack(tuple(context.terms[name])) for name in names]
         means = {name: finite_mean(*context.means[name]) for name in names if name in context.means}
         prediction, known = finite_mean(

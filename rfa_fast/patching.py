@@ -259,7 +259,7 @@ class RFA:
         terms = combine(
             retain, forget, zero, zero, layers=len(self.names), gamma=self.config.gamma, weights=self.config.weights
         )
-        align = mark(terms, self._context).align
+        align = mark(terms, self.model, self._context).align
         self._context.clear()
         return self.config.gamma / len(self.names) * align
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from step_cases import TinyBlocks, batches, tiny_language_model
+from step_cases import VOCABULARY, TinyBlocks, batches, tiny_language_model
+from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
 import rfa_fast
 from rfa_fast.step import compile_step
@@ -53,6 +55,61 @@ def test_the_switch_of_transformers(mode, reentrant):
     assert block._gradient_checkpointing_func.keywords["use_reentrant"] is reentrant
     embedding = switched.model.get_input_embeddings()
     assert len(embedding._forward_hooks) == 1
+
+
+def lively(kind):
+    """A small language model whose blocks have a dropout of their own, as modules (GPT-2) or as a function (OPT)."""
+    torch.manual_seed(0)
+    if kind == "modules":
+        config = GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=VOCABULARY, n_positions=16, resid_pdrop=0.5)
+        return GPT2LMHeadModel(config)
+    config = OPTConfig(
+        hidden_size=16, ffn_dim=32, num_attention_heads=2, num_hidden_layers=2, vocab_size=VOCABULARY, dropout=0.5,
+        max_position_embeddings=32, word_embed_proj_dim=16,
+    )  # fmt: skip
+    return OPTForCausalLM(config)
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("mode", ["residual", "teacher"])
+@pytest.mark.parametrize("kind", ["modules", "function"])
+def test_no_dropout_in_a_block_nor_in_its_second_run(kind, mode, train):
+    rfas = [rfa_fast.patch(lively(kind), "all", rank=2, seed=0, mode=mode) for _ in range(2)]
+    rfas[1].model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    for rfa in rfas:
+        rfa.model.train(train)
+        with torch.no_grad():
+            for layer in rfa.layers.values():
+                layer.lora_b.normal_(generator=torch.Generator().manual_seed(1))
+    flags = [[module.training for module in rfa.model.modules()] for rfa in rfas]
+    for batch in batches((4, 8), (3, 5)):
+        assert_same(*reversed([loss_and_gradients(rfa, batch) for rfa in rfas]))
+    assert flags == [[module.training for module in rfa.model.modules()] for rfa in rfas]
+
+
+@pytest.mark.parametrize("mode", ["residual", "teacher"])
+def test_no_dropout_in_the_second_run_of_a_checkpoint_in_the_models_own_code(mode):
+    torch.manual_seed(0)
+
+    def net(call):
+        return nn.Sequential(nn.Linear(5, 5), Block(call), Block(call), nn.Linear(5, 3))
+
+    class Block(nn.Module):
+        def __init__(self, call):
+            super().__init__()
+            self.up, self.drop, self.call = nn.Linear(5, 5), nn.Dropout(0.5), call
+
+        def forward(self, x):
+            return x + self.call(lambda y: self.drop(self.up(y)).tanh(), x)
+
+    plain, other = net(lambda run, x: run(x)), net(lambda run, x: checkpoint(run, x, use_reentrant=False))
+    other.load_state_dict(plain.state_dict())
+    rfas = [rfa_fast.patch(model, ["1.up", "2.up"], rank=2, seed=0, mode=mode) for model in (plain, other)]
+    for rfa in rfas:
+        rfa.model.train()
+    batch = torch.randn(6, 5), torch.arange(6) % 3, torch.arange(6) < 2
+    assert_same(*reversed([loss_and_gradients(rfa, batch) for rfa in rfas]))
+    assert all(module.training for rfa in rfas for module in rfa.model.modules())
 
 
 def test_the_prefix_stays_out_of_autograd():
