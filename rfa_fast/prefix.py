@@ -11,6 +11,7 @@ its `forward` for the time of one batch; its class, its hooks and its parameters
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -86,21 +87,36 @@ class Prefix:
 
         Raises:
             TypeError: a last block that returns more than one tensor.
+            ValueError: a model that keeps what an earlier block returned.
         """
-        last, returned = self._blocks[-1], []
+        returned: list[Any] = []
+        seen: list[Any] = []
 
-        def stop(_: nn.Module, __: Any, output: Any) -> None:
+        def note(_: nn.Module, __: Any, output: Any) -> None:
+            first = output[0] if isinstance(output, tuple) and output else output
+            seen.append(weakref.ref(first) if isinstance(first, Tensor) else lambda: None)
+
+        def stop(_: nn.Module, args: Any, output: Any) -> None:
+            given = args[0] if args else None
+            for name, found in zip(self.names, seen, strict=False):
+                if found() is not None and found() is not given:
+                    raise ValueError(
+                        f"cache_prefix: got a model that keeps the output of block {name!r} for later, expected "
+                        "one that reads that of the last block alone; take the cache off"
+                    )
             returned.append(output)
             raise _Done
 
-        hook = last.register_forward_hook(stop)
+        hooks = [block.register_forward_hook(note) for block in self._blocks[:-1]]
+        hooks.append(self._blocks[-1].register_forward_hook(stop))
         try:
             with torch.no_grad():
                 model(inputs) if isinstance(inputs, Tensor) else model(**inputs)
         except _Done:
             pass
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
         output = returned[0] if returned else None
         if not isinstance(output, Tensor):
             raise TypeError(
@@ -125,9 +141,11 @@ class Prefix:
                 if not context.enabled or not kept:  # the original model itself, or a forward it did not run before
                     return original(*args, **kwargs)
                 return kept[self._owner(index, kept)]
-            # What goes straight into the next block of the same list is not needed a second time.
-            if self._runs[index] and args and _hands_over(kept.get(index - 1), args[0]):
-                del kept[index - 1]
+            # What goes straight into the next block of the same list is not needed a second time, unless somebody else
+            # holds it as well. A compiled graph frees what it does not read by itself.
+            compiled = torch.compiler.is_compiling()
+            if not compiled and self._runs[index] and args and _hands_over(kept.get(index - 1), args[0]):
+                context.hand_over(index - 1)
             kept[index] = original(*args, **kwargs)
             return kept[index]
 

@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 from step_cases import TinyBlocks, batches, tiny_language_model
+from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import rfa_fast
@@ -51,6 +52,60 @@ def test_teacher_mode_runs_it_once():
     for a, b in zip(ours, whole.loss(*batch), strict=True):
         assert torch.equal(a, b)
     assert all("forward" not in block.__dict__ for block in model)
+
+
+class Averaged(nn.Module):
+    """Reads what every one of its blocks returned, as a weighted sum of layers does."""
+
+    def __init__(self, blocks, as_tuple):
+        super().__init__()
+        self.layers, self.head = nn.ModuleList(Single(as_tuple) for _ in range(blocks)), nn.Linear(5, 3)
+
+    def forward(self, x):
+        seen = ()
+        for layer in self.layers:
+            out = layer(x)
+            x = out[0] if isinstance(out, tuple) else out
+            seen = (*seen, x)
+        return self.head(sum(seen))
+
+
+class Single(nn.Module):
+    def __init__(self, as_tuple):
+        super().__init__()
+        self.up, self.as_tuple = nn.Linear(5, 5), as_tuple
+
+    def forward(self, x):
+        return (x + self.up(x).tanh(), None) if self.as_tuple else x + self.up(x).tanh()
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("as_tuple", [False, True], ids=["tensor", "tuple"])
+@pytest.mark.parametrize("blocks", [2, 3, 5])
+def test_teacher_mode_of_a_model_that_reads_every_block(blocks, as_tuple, compiled):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model, last = Averaged(blocks, as_tuple), f"layers.{blocks - 1}.up"
+    other = copy.deepcopy(model)
+    batch = torch.randn(6, 5), torch.arange(6) % 3, torch.arange(6) < 2
+    losses = []
+    for each, names in ((model, [f"layers.{i}" for i in range(blocks)]), (other, [])):
+        rfa = rfa_fast.patch(each, [last], rank=2, seed=0, mode="teacher")
+        rfa._prefix = Prefix(each, names, [last])
+        assert len(rfa._prefix.names) == (blocks - 1 if names else 0)
+        with torch.no_grad():
+            rfa.layers[last].lora_b.normal_(generator=torch.Generator().manual_seed(1))
+        optimizer = torch.optim.SGD(rfa.parameters(), lr=0.0)
+        losses.append(compile_step(rfa, optimizer, compile=compiled, backend="eager")(*batch))
+    for a, b in zip(*losses, strict=True):
+        assert torch.allclose(a, b, rtol=1e-6)
+
+
+def test_a_model_that_reads_every_block_has_no_use_for_a_cache():
+    rfa = rfa_fast.patch(Averaged(5, False), ["layers.4.up"], rank=2, seed=0)
+    step = compile_step(rfa, torch.optim.SGD(rfa.parameters(), lr=0.1), cache_prefix=True, compile=False)
+    with pytest.raises(ValueError, match="keeps the output of block 'layers.0' for later"):
+        step(torch.randn(6, 5), torch.arange(6) % 3, torch.arange(6) < 2)
 
 
 def test_a_compiled_step_runs_it_once_as_well():
