@@ -27,8 +27,8 @@ Written by `make kernel-sheet`; do not edit. **No GPU has run any of this.** Eve
   grid, run in Triton's interpreter at the layer's real size; products and 16-bit conversions are skipped there,
   because masks and addresses do not depend on them (a test compares with a full run).
 - **declared and checked**: compulsory bytes take every tensor a launch reads once and every tensor it writes once.
-  `benchmarks/traffic.py` declares which these are; the interpreter's count of *different* bytes must be the same,
-  and is wherever requested bytes stand below and the end of this page does not say otherwise.
+  `benchmarks/traffic.py` declares which these are; the interpreter's count of *different* bytes must be the same
+  wherever requested bytes stand below; the end of this page names any exception.
 
 torch {torch}, Python {python}. How fast the kernels are is another question: `make bench-gpu` answers it on a GPU.
 """
