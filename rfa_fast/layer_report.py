@@ -25,7 +25,16 @@ class AdaptedRow:
 
 @dataclass(frozen=True)
 class Report:
-    """Which layers are adapted, which are not, and why; `print(report)` shows it as a table."""
+    """Which layers are adapted, which are not, and why; `print(report)` shows it as a table.
+
+    Example:
+        >>> import rfa_fast
+        >>> net = nn.Sequential(nn.Linear(4, 3), nn.Embedding(4, 3))
+        >>> print(rfa_fast.patch(net, ["0"], rank=2, backend="torch").report())  # doctest: +ELLIPSIS
+        1 layers adapted, 14 trainable parameters (51.85 % of the model)
+        backend: torch ...
+          0...linear  3×4 ...rank 2   scale 16
+    """
 
     adapted: tuple[AdaptedRow, ...]
     skipped: tuple[Skipped, ...]

@@ -31,7 +31,7 @@ from rfa_fast.loss import (
     prepare,
     remembered,
     token_units,
-)  # fmt: skip
+)
 from rfa_fast.merging import fold_into_weights, warn_of_rounding
 from rfa_fast.modules import RFALayer
 from rfa_fast.names import canonical_names
@@ -127,13 +127,9 @@ class RFA:
             for target in plan.adapted:
                 ambiguous = targets_module.sequence_first(model, target.name)
                 self.layers[target.name] = adapt(
-                    modules[target.name],
-                    target,
-                    config,
-                    self._context,
-                    ambiguous=ambiguous,
+                    modules[target.name], target, config, self._context, ambiguous=ambiguous,
                     plain_name=plain[target.name],
-                )
+                )  # fmt: skip
         except BaseException:
             self.layers = {n: m for n, m in modules.items() if isinstance(m, RFALayer)}
             self.remove()
@@ -154,7 +150,12 @@ class RFA:
         return list(self.named_parameters().values())
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        """The trainable tensors by name: `"layer4.0.conv1.lora_a"` and so on."""
+        """The trainable tensors by name: `"layer4.0.conv1.lora_a"` and so on.
+
+        Example:
+            >>> list(patch(nn.Sequential(nn.Linear(4, 3)), ["0"], rank=2).named_parameters())
+            ['0.lora_a', '0.lora_b']
+        """
         self._check_live()
         return trained_parameters(self.layers)
 
@@ -163,15 +164,23 @@ class RFA:
 
         Returns:
             Detached tensors that share storage with the model's.
+
+        Example:
+            >>> list(patch(nn.Sequential(nn.Linear(4, 3)), ["0"], rank=2).state_tensors())
+            ['0.lora_a', '0.lora_b']
         """
         self._check_live()
         return read_state(self.layers, self._context)
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put back what :meth:`state_tensors` gave.
+        """Put back what :meth:`state_tensors` gave; an x̃ or ỹ that it did not give is not known afterwards.
 
         Raises:
             ValueError: a tensor is missing, unknown or of another shape; nothing has been changed then.
+
+        Example:
+            >>> rfa = patch(nn.Sequential(nn.Linear(4, 3)), ["0"], rank=2)
+            >>> rfa.load_state_tensors(rfa.state_tensors())
         """
         self._check_live()
         write_state(self.layers, self._context, tensors, self._device())
@@ -250,6 +259,13 @@ class RFA:
 
         Raises:
             ValueError: no forward ran, or an adapted layer did not run exactly once.
+
+        Example:
+            >>> net = nn.Sequential(nn.Linear(4, 3))
+            >>> rfa = patch(net, ["0"], rank=2, seed=0)
+            >>> with rfa.groups(torch.tensor([False, False])):
+            ...     net(torch.ones(2, 4)).shape, rfa.alignment_loss().item()
+            (torch.Size([2, 3]), 0.0)
         """
         self._check_live()
         retain, forget = alignment(self.names, self._context)
@@ -264,7 +280,12 @@ class RFA:
         return self.config.gamma / len(self.names) * align
 
     def layer_losses(self) -> dict[str, LayerTerms]:
-        """Retain and forget alignment of each adapted layer in the last loss."""
+        """Retain and forget alignment of each adapted layer in the last loss: 0-dim tensors, detached.
+
+        Example:
+            >>> patch(nn.Sequential(nn.Linear(4, 3)), ["0"], rank=2).layer_losses()  # of no loss yet
+            {}
+        """
         return dict(self._context.losses)
 
     @contextmanager
@@ -318,18 +339,25 @@ class RFA:
         return lost
 
     def remove(self) -> None:
-        """Take the adapters off again: weights, classes, `requires_grad` and train flags as before `patch`."""
+        """Take the adapters off again: weights, classes, `requires_grad` and train flags as before `patch`.
+
+        Example:
+            >>> net = nn.Sequential(nn.Linear(4, 3))
+            >>> patch(net, ["0"], rank=2).remove()
+            >>> type(net[0]).__name__, net[0].weight.requires_grad
+            ('Linear', True)
+        """
         self._check_live()
         self._restore(keep_untied=False)
 
     def report(self) -> Report:
-        """Adapted and skipped layers, with the reason for each; `print` it."""
+        """Adapted and skipped layers, with the reason for each; see :class:`rfa_fast.layer_report.Report`."""
         self._check_live()
         backend, why = backends.select(self.config.backend, next(iter(self.layers.values())).weight)
         return describe(self.model, self.plan, self.layers, f"{backend} ({why})")
 
     def save(self, directory: str | Path, *, overwrite: bool = False) -> Path:
-        """Write the adapters in PEFT's format; see :func:`rfa_fast.adapters.save_adapter`."""
+        """Write the adapters in PEFT's format; arguments, errors, example: :func:`rfa_fast.adapters.save_adapter`."""
         from rfa_fast.adapters import save_adapter
 
         self._check_live()

@@ -5,8 +5,9 @@ torchvision's own without a change. The paper trains 20 epochs at a rate of 5e-5
 rate leave a network from scratch half trained, so this recipe is shorter and faster. The settings of
 class unlearning were chosen on class 3, which is not among the scenarios, with a tenth of the training
 images in the test set's place, from six candidates (five of them in teacher mode) after 60 steps each.
-Those of sample unlearning are the nearest to Retrain of ten candidates, on held-out images as well, by accuracy and
-membership inference, with 12,000 training images and an epoch each; `--validation --try lr=…` compares others.
+Those of sample unlearning are the nearest to Retrain on held-out images as well, by accuracy and membership inference:
+rate and weights of ten candidates with 12,000 training images, schedule and how often each sample comes of four with
+30,000 (docs/results.md); `--validation --try lr=…` compares others.
 
     python -m rfa_fast.experiments.fashion_mnist --output runs/fashion-mnist
 """
