@@ -19,9 +19,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from rfa_fast.files import save_tensors
 from rfa_fast.peft_format import RFA_ONLY, LoraSettings, Pair, from_keys, read_json, read_settings, to_keys
 
 CONFIG, WEIGHTS, RECORD = "adapter_config.json", "adapter_model.safetensors", "rfa_config.json"
@@ -67,13 +68,14 @@ def write_folder(
 
     Raises:
         FileExistsError: `folder` is a file, or holds an adapter of another base.
+        OSError: a file cannot be written; what was there is untouched.
     """
     _check_free(folder, record["base"], overwrite)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as staging:
         stage = Path(staging)
         tensors = {key: tensor.cpu().contiguous() for key, tensor in to_keys(pairs).items()}
-        save_file(tensors, stage / WEIGHTS, metadata={"format": "pt"})
+        save_tensors(tensors, stage / WEIGHTS, {"format": "pt"})
         (stage / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         sealed = {"format": FORMAT, **record, "files": {name: _hash(stage / name) for name in (WEIGHTS, CONFIG)}}
         (stage / RECORD).write_text(json.dumps(sealed, indent=2) + "\n", encoding="utf-8")

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from filelock import FileLock, Timeout
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 Content = TypeVar("Content")
 
@@ -47,6 +50,64 @@ def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> Path
         message = f"cannot write ({error.strerror or error}); {kept}; free space there or choose another folder"
         raise OSError(error.errno, message, str(path)) from error
     return path
+
+
+def save_tensors(
+    tensors: Mapping[str, Tensor] | nn.Module, path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None
+) -> Path:
+    """Write tensors to `path` as safetensors; a reader, a crash or a full disk never sees half a file.
+
+    A full disk is no `OSError` to safetensors; here it is one, so that whoever rescues a run sees it for what it is.
+    The bytes are not forced to the disk.
+
+    Args:
+        tensors: by name, contiguous and none sharing memory; or a module, of which shared tensors are stored once.
+        path: the file, in a folder that is there.
+        metadata: of the file.
+
+    Raises:
+        OSError: the file cannot be written; the previous file, if any, is untouched.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from safetensors.torch import load_file
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     load_file(save_tensors({"a": torch.ones(2)}, Path(folder) / "a.safetensors"))
+        {'a': tensor([1., 1.])}
+    """
+    from safetensors.torch import save_file, save_model
+
+    path, given = Path(path), None if metadata is None else dict(metadata)
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        with full_disk_as_os_error(path):
+            if isinstance(tensors, Mapping):
+                save_file(dict(tensors), partial, metadata=given)
+            else:
+                save_model(tensors, str(partial), metadata=given)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+@contextmanager
+def full_disk_as_os_error(path: Path) -> Iterator[None]:
+    """Context in which what safetensors cannot write to `path` is an `OSError`, as for everybody else.
+
+    Example:
+        >>> from safetensors import SafetensorError
+        >>> with full_disk_as_os_error(Path("a")):
+        ...     raise SafetensorError("No space left on device")
+        Traceback (most recent call last):
+        OSError: a: cannot be written (No space left on device); free space there or choose another folder
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"{path}: cannot be written ({error}); free space there or choose another folder") from error
 
 
 def made_once(

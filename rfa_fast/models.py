@@ -28,6 +28,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from rfa_fast.files import full_disk_as_os_error, save_tensors
 from rfa_fast.hub import fetch_command, hub_folder
 from rfa_fast.weights import PICKLES, READ, fill, one_line, read_state, require_safetensors, some
 from rfa_fast.weights import check_weights_file as check_weights_file
@@ -175,14 +176,12 @@ def save_model(model: nn.Module, folder: str | os.PathLike[str], tokenizer: Any 
     partial.mkdir(parents=True)
     try:
         if _is_transformers(model):
-            with _without_bars():
+            with _without_bars(), full_disk_as_os_error(target):
                 model.save_pretrained(partial)  # type: ignore[operator]
             if tokenizer is not None:
                 tokenizer.save_pretrained(partial)
         else:
-            from safetensors.torch import save_model as write
-
-            write(model, str(partial / WEIGHTS_FILE))
+            save_tensors(model, partial / WEIGHTS_FILE)
         if target.exists():
             shutil.rmtree(target)
         os.replace(partial, target)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rfa_fast.files import save_tensors
 from rfa_fast.modules import RFALayer
 
 Inputs = Tensor | Mapping[str, Any]
@@ -156,17 +157,9 @@ class PrefixCache:
         return load_file(file)["output"]
 
     def _write(self, key: str, row: Tensor) -> int:
-        from safetensors.torch import save_file
-
         if self.folder is None:
             raise ValueError("folder: got None, expected one to write to")
-        partial, file = self.folder / f"{key}.{os.getpid()}.partial", self.folder / f"{key}.safetensors"
-        try:
-            save_file({"output": row.contiguous()}, partial)
-            os.replace(partial, file)
-        finally:
-            partial.unlink(missing_ok=True)
-        return file.stat().st_size
+        return save_tensors({"output": row.contiguous()}, self.folder / f"{key}.safetensors").stat().st_size
 
 
 def sample_keys(inputs: Inputs, size: int) -> list[str]:

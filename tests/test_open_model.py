@@ -238,3 +238,26 @@ def test_a_model_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monke
         save_model(nn.Linear(2, 2), tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("kind", ["module", "transformers"])
+def test_a_full_disk_is_an_os_error_and_leaves_the_folder_before(kind, tmp_path, monkeypatch):
+    from safetensors import SafetensorError
+    from transformers import BertConfig, BertForSequenceClassification
+
+    model = nn.Linear(2, 2)
+    if kind == "transformers":
+        size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+        model = BertForSequenceClassification(BertConfig(vocab_size=9, **size))
+    save_model(model, tmp_path / "out")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+
+    def full(*_, **__):
+        raise SafetensorError("No space left on device")
+
+    for name in ("safetensors.torch.save_model", "transformers.modeling_utils.safe_save_file"):
+        monkeypatch.setattr(name, full)
+    with pytest.raises(OSError, match="out.*cannot be written .No space left on device"):
+        save_model(model, tmp_path / "out")
+    assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

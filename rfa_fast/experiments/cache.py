@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils.data import Dataset, Subset
 
 from rfa_fast.data.resize import Resize
-from rfa_fast.files import made_once
+from rfa_fast.files import made_once, save_tensors
 
 CACHE_VARIABLE = "RFA_FAST_CACHE"
 FORMAT = "rfa-fast model 1"
@@ -239,17 +239,5 @@ class ModelCache:
 
     def _write(self, path: Path, settings: Mapping[str, Any], model: nn.Module, seconds: float) -> None:
         """Whole or not at all. Tensors that modules share are stored once."""
-        from safetensors import SafetensorError
-        from safetensors.torch import save_model
-
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        try:
-            save_model(
-                model, str(partial), {"format": FORMAT, "settings": canonical(settings), "seconds": repr(seconds)}
-            )
-            os.replace(partial, path)
-        except SafetensorError as error:  # what a full disk is to safetensors
-            raise OSError(f"{path}: cannot be written ({error}); free space there or name another --cache") from error
-        finally:
-            partial.unlink(missing_ok=True)
+        save_tensors(model, path, {"format": FORMAT, "settings": canonical(settings), "seconds": repr(seconds)})

@@ -120,6 +120,11 @@ class Method(ABC):
         """Which of :meth:`passes` (from 0) read the samples to forget and no others, in batches full of them."""
         return frozenset()
 
+    @classmethod
+    def uses_forget(cls, options: Mapping[str, Any], epoch: int) -> bool:
+        """Whether the steps of an epoch (from 0) put the samples to forget of their batches through the model."""
+        return True
+
     def prepare(self, forget: Iterator[Batch]) -> None:  # noqa: B027
         """Before the first step of a run, and not when one is resumed: `forget` is all there is to forget, once."""
 
@@ -137,21 +142,30 @@ class Method(ABC):
 
 
 class UnlearnInterrupted(KeyboardInterrupt):
-    """Ctrl-C during :func:`rfa_fast.unlearn`; nothing is lost.
+    """Ctrl-C during :func:`rfa_fast.unlearn`; what was done is kept where the message says.
 
     Attributes:
         step: steps done.
-        output_dir: where the state was saved, else `None`.
-        rfa: the live handle on the model when nothing was saved, else `None`: the model is then as
-            before the call, and the same call with `resume=True` goes on.
+        output_dir: of the run, `None` where none was given.
+        rfa: the live handle on the model when nothing was saved; `None` when the model is as before the call, and the
+            same call with `resume=True` goes on, and when the result was merged before (`merged`).
         history: the steps so far.
+        merged: Ctrl-C came in the `evaluate` after the merge: the steps are over and the model has forgotten. What is
+            missing is the deletion record, which needs the call with `resume=True` and the model from before.
     """
 
     def __init__(
-        self, message: str, *, step: int, output_dir: Path | None, rfa: object | None, history: list[StepRecord]
+        self,
+        message: str,
+        *,
+        step: int,
+        output_dir: Path | None,
+        rfa: object | None,
+        history: list[StepRecord],
+        merged: bool = False,
     ) -> None:
         super().__init__(message)
-        self.step, self.output_dir, self.rfa, self.history = step, output_dir, rfa, history
+        self.step, self.output_dir, self.rfa, self.history, self.merged = step, output_dir, rfa, history, merged
 
 
 class NonFiniteError(FloatingPointError):

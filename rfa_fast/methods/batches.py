@@ -76,8 +76,8 @@ class BatchSource(ABC):
             return None
         return alone * len(self.forget_pass) + (epochs - alone) * self.steps_per_epoch
 
-    def fingerprint(self) -> str | None:
-        """Digest of the last batch, `None` where the order cannot differ."""
+    def fingerprint(self, batch: Batch) -> str | None:
+        """Digest of a batch, `None` where the order cannot differ."""
         return None
 
     def example(self) -> Parts | None:
@@ -186,7 +186,6 @@ class LoaderSource(BatchSource):
         self._seed, self._device = seed, device
         self.forget_pass = ForgetPass.of_loader(forget, seed, device)
         self.forget_epochs = forget_epochs
-        self._last: Batch | None = None
         self.settings = {"data": "loaders", "batch_size": None, "forget_per_batch": None}
 
     def batches(
@@ -203,7 +202,6 @@ class LoaderSource(BatchSource):
                 replayed = epoch_step if now == epoch else 0
                 if now in self.forget_epochs:
                     for number, batch in enumerate(self.forget_pass, 1):
-                        self._last = batch
                         if number > replayed:
                             yield Drawn(now, number, batch)
                     continue
@@ -214,11 +212,11 @@ class LoaderSource(BatchSource):
                     if kept is None:
                         break
                     self._seeded("forget", at)
-                    self._last = _joined(parts("retain", kept), parts("forget", next(forget)), self._pad)
+                    batch = _joined(parts("retain", kept), parts("forget", next(forget)), self._pad)
                     at, number = at + 1, number + 1
                     if number > replayed:
-                        yield Drawn(now, number, self._last)
-                    elif number == replayed and last_batch != self.fingerprint():
+                        yield Drawn(now, number, batch)
+                    elif number == replayed and last_batch != self.fingerprint(batch):
                         raise ValueError(
                             f"resume: the loaders gave another batch at step {at} than in the run; expected the same "
                             "samples in the same order. Pass datasets, or a loader whose order depends on torch's seed"
@@ -226,14 +224,11 @@ class LoaderSource(BatchSource):
                 if number < max(replayed, 1):
                     raise ValueError(f"retain: the loader gave {number} batches, expected at least {max(replayed, 1)}")
 
-    def fingerprint(self) -> str | None:
-        """SHA-256 over the tensors of the last batch."""
-        if self._last is None:
-            return None
-        digest = hashlib.sha256()
-        inputs = self._last.inputs
+    def fingerprint(self, batch: Batch) -> str:
+        """SHA-256 over the tensors of a batch."""
+        digest, inputs = hashlib.sha256(), batch.inputs
         named = inputs if isinstance(inputs, dict) else {"inputs": inputs}
-        for name, value in sorted({**named, "labels": self._last.labels}.items()):
+        for name, value in sorted({**named, "labels": batch.labels}.items()):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
             digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rfa_fast.files import write_atomically
+from rfa_fast.files import save_tensors, write_atomically
 from rfa_fast.methods.base import StepRecord
 from rfa_fast.methods.record import RECORD_FILE, hash_file, read_record, write_json
 
@@ -184,28 +184,20 @@ class RunFolder:
         Raises:
             OSError: no space or no permission; the previous checkpoint is still there.
         """
-        from safetensors.torch import save_file
-
         self.path.mkdir(parents=True, exist_ok=True)
         old = {p.name for p in self._tensor_files()}
         name = f"state-{state.step:08}.safetensors"
         if name == self._current():  # a second checkpoint of one step, when the reason for stopping is added
             name = f"state-{state.step:08}b.safetensors"
-        temporary = self.path / (name + ".partial")
-        try:
-            save_file({k: v.detach().cpu().clone(memory_format=_CONTIGUOUS) for k, v in tensors.items()}, temporary)
-            _force_to_disk(temporary)
-            digest = hash_file(temporary)
-            os.replace(temporary, self.path / name)
-        finally:
-            temporary.unlink(missing_ok=True)
-        values = {"schema": SCHEMA, "schema_version": SCHEMA_VERSION, "tensors": name, "sha256": digest}
+        copied = {k: v.detach().cpu().clone(memory_format=_CONTIGUOUS) for k, v in tensors.items()}
+        file = save_tensors(copied, self.path / name)
+        _force_to_disk(file)
+        values = {"schema": SCHEMA, "schema_version": SCHEMA_VERSION, "tensors": name, "sha256": hash_file(file)}
         if (self.path / HISTORY_FILE).exists():
             _force_to_disk(self.path / HISTORY_FILE)
         write_json(self.path / STATE_FILE, {**values, "state": asdict(state)})
-        stale = [self.path / n for n in old - {name}] + list(self.path.glob("state-*.partial"))
-        for file in stale:
-            file.unlink(missing_ok=True)
+        for stale in [self.path / n for n in old - {name}] + list(self.path.glob("state-*.partial")):
+            stale.unlink(missing_ok=True)
 
     def append(self, record: StepRecord) -> None:
         """Add one step to the history."""

@@ -7,6 +7,7 @@ compared with training on.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -29,6 +30,11 @@ class Finetune(WeightsMethod):
 
     name = "finetune"
     reads_forget_labels = False
+
+    @classmethod
+    def uses_forget(cls, options: Mapping[str, Any], epoch: int) -> bool:
+        """Never."""
+        return False
 
     def loss(self, batch: Batch) -> Mapping[str, Tensor]:
         """The mean cross-entropy of the retained rows."""

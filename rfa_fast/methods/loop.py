@@ -72,11 +72,13 @@ class StopSignal:
     Attributes:
         requested: Ctrl-C was pressed.
         closing: set once the steps are over; from then on Ctrl-C is answered and not obeyed.
+        at_once: set while there is no step to finish first; Ctrl-C then stops what is under way.
     """
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self.requested = False
         self.closing = False
+        self.at_once = False
         self._say = say
         self._previous: Callable[[int, FrameType | None], object] | int | None = None
 
@@ -94,6 +96,8 @@ class StopSignal:
             self._previous = None
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.at_once:
+            raise KeyboardInterrupt
         if self.closing:
             self._say("Ctrl-C: the steps are done; the result is being written, which cannot be cut in two")
             return
@@ -116,7 +120,7 @@ class Loop:
 
     Attributes:
         state: updated after every step.
-        whole: false only while the optimizer is changing parameters.
+        whole: false only from the optimizer's first change of a parameter until the step is counted.
         saved_step: step of the last checkpoint, `None` before the first.
     """
 
@@ -137,6 +141,7 @@ class Loop:
         self.whole = True
         self.saved_step: int | None = None
         self._written = 0
+        self._last: Batch | None = None  # of the last complete step
         self._saved_at = time.monotonic()
 
     def run(self, stop: StopSignal, report: ProgressReport) -> None:
@@ -207,7 +212,8 @@ class Loop:
         """
         if self.folder is None:
             return
-        self.state.last_batch = self.source.fingerprint()
+        if self._last is not None:  # until a run that is gone on with has made a step, the digest it came with holds
+            self.state.last_batch = self.source.fingerprint(self._last)
         tensors = {_METHOD + k: v for k, v in self.method.state_tensors().items()}
         for name, parameter in self.parameters.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
@@ -248,23 +254,19 @@ class Loop:
         forget_too = self.method.reads_forget_labels
         checks.batch_labels(drawn.batch, options.classes, state.step + 1, forget_too=forget_too)
         batch = _to_device(drawn.batch, self.device)
-        self.optimizer.zero_grad(set_to_none=True)
-        autocast = nullcontext() if options.autocast is None else torch.autocast(self.device.type, options.autocast)
-        with autocast:
-            losses = self.method.loss(batch)
-        losses["total"].backward()  # type: ignore[no-untyped-call]
-        names = [*losses, "grad_norm"]
-        figures = [loss.detach().float() for loss in losses.values()] + [gradient_norm(self.parameters.values())]
-        values = dict(zip(names, torch.stack([f.to(self.device) for f in figures]).tolist(), strict=True))
-        self._check_finite(values, drawn.batch, volatile)
-        if options.max_grad_norm is not None:
-            nn.utils.clip_grad_norm_(self.parameters.values(), options.max_grad_norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = options.rate(state.step)
-        self.whole = False
+        try:
+            values = self._gradients(batch)
+            self._check_finite(values, drawn.batch)
+            if options.max_grad_norm is not None:
+                nn.utils.clip_grad_norm_(self.parameters.values(), options.max_grad_norm)
+            for group in self.optimizer.param_groups:
+                group["lr"] = options.rate(state.step)
+            self.whole = False
+        except BaseException:
+            self._undo_forward(volatile)
+            raise
         self.optimizer.step()
         self.method.end_step()
-        self.whole = True
         forget = int(drawn.batch.forget.sum())
         state.step, state.epoch, state.epoch_step = state.step + 1, drawn.epoch, drawn.epoch_step
         state.seconds += time.perf_counter() - begun
@@ -272,11 +274,32 @@ class Loop:
         record |= {"lr": self.optimizer.param_groups[0]["lr"], "retain": len(drawn.batch.forget) - forget}
         record |= {"forget": forget, "seconds": round(state.seconds, 6)}
         self.history.append(record)
+        self._last, self.whole = drawn.batch, True
         if self.saved_step is not None:  # before the first checkpoint there is no run to go on with
             self._append()
         return record
 
-    def _check_finite(self, values: Mapping[str, float], batch: Batch, volatile: Mapping[str, Tensor]) -> None:
+    def _gradients(self, batch: Batch) -> dict[str, float]:
+        """Forward and backward of a batch on the device: the losses and the gradient norm, read at once."""
+        dtype = self.options.autocast
+        self.optimizer.zero_grad(set_to_none=True)
+        with nullcontext() if dtype is None else torch.autocast(self.device.type, dtype):
+            losses = self.method.loss(batch)
+        losses["total"].backward()  # type: ignore[no-untyped-call]
+        figures = [loss.detach().float() for loss in losses.values()] + [gradient_norm(self.parameters.values())]
+        read = torch.stack([f.to(self.device) for f in figures]).tolist()
+        return dict(zip([*losses, "grad_norm"], read, strict=True))
+
+    def _undo_forward(self, volatile: Mapping[str, Tensor]) -> None:
+        """Put back what the forward of a step that failed has changed; what it brought in anew goes."""
+        self.optimizer.zero_grad(set_to_none=True)
+        changed = self.method.volatile_tensors()
+        if not changed and not volatile:
+            return
+        kept = {k: v for k, v in self.method.state_tensors().items() if k not in changed}
+        self.method.load_state_tensors({**kept, **volatile})
+
+    def _check_finite(self, values: Mapping[str, float], batch: Batch) -> None:
         bad_losses = [k for k, v in values.items() if k != "grad_norm" and not math.isfinite(v)]
         bad_gradients = [
             name
@@ -299,11 +322,6 @@ class Loop:
         tensors = batch.inputs.values() if isinstance(batch.inputs, Mapping) else [batch.inputs]
         if any(t.is_floating_point() and not bool(torch.isfinite(t).all()) for t in tensors):
             what += "; the batch's inputs already hold NaN or infinite values"
-        self.optimizer.zero_grad(set_to_none=True)
-        # What the failed batch brought in for the first time has no former value; zero means "none yet".
-        now = self.method.volatile_tensors()
-        restored = {k: volatile[k] if k in volatile else torch.zeros_like(v) for k, v in now.items()}
-        self.method.load_state_tensors({**self.method.state_tensors(), **restored})
         step = self.state.step + 1
         raise NonFiniteError(f"step {step}: {what}; the optimizer has not seen it", step=step, layers=layers)
 

@@ -1,7 +1,8 @@
 """The part of an unlearning run that changes things: prepare, run, finish, or put everything back.
 
-Everything before this was checking. From here on the model is patched, so every way out leads
-through one of two doors: `_finish`, or `_keep`, which saves what was trained and restores the model.
+Everything before this was checking. From here on the model is patched, so every way out leads through one of
+three doors: `_finish`; `_keep`, which saves what was trained and restores the model; or, once the result is merged
+and there is nothing left to restore, an error that says so.
 """
 
 from __future__ import annotations
@@ -128,9 +129,10 @@ class Run:
             raise
         total = steps_in_all(self.source.total_steps(self.options.epochs), self.options.max_steps)
         report = ProgressReport(f"unlearn ({method.name})", total, start=loop.state.step, enabled=progress)
-        with report, StopSignal(report.say) as stop:
+        with StopSignal(report.say) as stop:
             try:
-                loop.run(stop, report)
+                with report:
+                    loop.run(stop, report)
                 stop.closing = True
                 layers = method.layers()
                 whole = self.folder if self.options.writes_all else None
@@ -152,7 +154,19 @@ class Run:
                 kept, _ = self._keep(loop, stays=False)
                 checks.add_note(error, f"unlearn: after step {loop.state.step}; {kept}")
                 raise
-        return self._finish(loop, layers, files, rounding)
+            try:
+                return self._finish(loop, stop, layers, files, rounding)
+            except KeyboardInterrupt:
+                kept, rfa = self._left(loop, stays=True)
+                raise UnlearnInterrupted(
+                    f"interrupted after the last step, {loop.state.step}; {kept}",
+                    step=loop.state.step, output_dir=self._path(), rfa=rfa, history=loop.history,
+                    merged=bool(self.merge),
+                ) from None  # fmt: skip
+            except BaseException as error:
+                kept, _ = self._left(loop, stays=False)
+                checks.add_note(error, f"unlearn: after the last step, {loop.state.step}; {kept}")
+                raise
 
     def _prepare(self, method: Method, earlier: RunState | None) -> Loop:
         """Optimizer, hash and figures of the untouched model; the state of an earlier run put back."""
@@ -178,12 +192,23 @@ class Run:
         return loop
 
     def _finish(
-        self, loop: Loop, layers: Sequence[str], files: Mapping[str, str], rounding: Mapping[str, float] | None
+        self,
+        loop: Loop,
+        stop: StopSignal,
+        layers: Sequence[str],
+        files: Mapping[str, str],
+        rounding: Mapping[str, float] | None,
     ) -> UnlearnResult:
         state, method = loop.state, loop.method
-        after = self._evaluate() if self.options.evaluate is not None else None
-        drawn = sum(record["forget"] for record in loop.history)
-        if len(loop.history) == state.step and drawn < len(self.source.forget_ids):
+        stop.at_once = True
+        try:
+            after = self._evaluate() if self.options.evaluate is not None else None
+        finally:
+            stop.at_once = False
+        options = self.settings["options"]
+        using = {epoch for epoch in range(self.options.epochs) if method.uses_forget(options, epoch)}
+        drawn = sum(record["forget"] for record in loop.history if record["epoch"] - 1 in using)
+        if using and len(loop.history) == state.step and drawn < len(self.source.forget_ids):
             warnings.warn(
                 f"unlearn: {drawn} forget samples were drawn, fewer than the {len(self.source.forget_ids)} to forget: "
                 "some were never seen; raise epochs or forget_per_batch",
@@ -259,6 +284,18 @@ class Run:
         return (
             f"{lost}the state of step {loop.saved_step} is in {self.folder.path} and the model is as before; "
             "the same call with resume=True goes on from there"
+        ), None
+
+    def _left(self, loop: Loop, *, stays: bool) -> tuple[str, Any]:
+        """What an error after the last step leaves behind, as :meth:`_keep`; merged, the result stays."""
+        if not self.merge:
+            return self._keep(loop, stays=stays)
+        held = "the unlearning itself is finished, and its result merged into the model"
+        if self.folder is None or not self.options.writes_all:
+            return f"{held}; there is no deletion record of it", None
+        return (
+            f"{held}; the same call with resume=True, given the model from before, writes the deletion record to "
+            f"{self.folder.path}"
         ), None
 
     def _path(self) -> Path | None:

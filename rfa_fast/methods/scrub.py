@@ -73,6 +73,11 @@ class SCRUB(WeightsMethod):
         """The max passes: every other pass, from the first, as long as there are max passes left."""
         return frozenset(range(0, 2 * min(options["max_epochs"], epochs), 2))
 
+    @classmethod
+    def uses_forget(cls, options: Mapping[str, Any], epoch: int) -> bool:
+        """In the max passes alone; `rewind` measures on the samples to forget, beside the steps."""
+        return epoch in cls.forget_passes(options, options["max_epochs"])
+
     def __init__(self, model: nn.Module, *, seed: int, **options: Any) -> None:
         super().__init__(model, seed=seed, **options)
         self._maximises = False

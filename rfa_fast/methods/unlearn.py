@@ -3,7 +3,8 @@
 A transaction as far as one is possible. Everything that can be checked is checked before the model
 is touched; a run that fails or is interrupted has its state in `output_dir` and the model back as it
 was, or, without a folder and after Ctrl-C or a NaN, its adapters still on the model and in the
-error. What it costs is a hash of the weights before and after, a second per few gigabytes.
+error. What a merge has put into the model stays there, should the `evaluate` after it fail; the error
+says so. What it costs is a hash of the weights before and after, a second per few gigabytes.
 """
 
 from __future__ import annotations
@@ -165,11 +166,13 @@ def unlearn(
     Raises:
         ValueError, TypeError: something given is wrong; the model is as before.
         FileExistsError: `output_dir` holds another run.
-        UnlearnInterrupted: Ctrl-C; a `KeyboardInterrupt` that says where the state is.
+        UnlearnInterrupted: Ctrl-C once the steps have begun; a `KeyboardInterrupt` that says where the state is.
         NonFiniteError: a loss or gradient is NaN or infinite; a `FloatingPointError` with the layers.
 
     Any other error in the middle (of a callback, a loader, a full disk) leaves the model as before the
-    call, and the state in `output_dir` if one was given.
+    call, and the state in `output_dir` if one was given. One after the merge (of the last `evaluate`, of writing
+    the record) leaves the result in the model, and a note on the error says so; with `output_dir` the same call
+    with `resume=True`, given the model from before, writes the record.
 
     Example:
         >>> from torch.utils.data import TensorDataset

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from rfa_fast.data.collate import IGNORED_LABEL
+from rfa_fast.files import save_tensors
 from rfa_fast.head import predicts_next_token
 from rfa_fast.loss import eval_behaviour
 from rfa_fast.methods.base import Batch, Method
@@ -129,13 +130,15 @@ class WeightsMethod(Method):
         return list(dict.fromkeys(name.rpartition(".")[0] or name for name in self._parameters))
 
     def save(self, folder: Path) -> None:
-        """Write the trained parameters and the buffers as `weights.safetensors`, under their names in the model."""
-        from safetensors.torch import save_file
+        """Write the trained parameters and the buffers as `weights.safetensors`, under their names in the model.
 
+        Raises:
+            OSError: it cannot be written.
+        """
         folder.mkdir(parents=True)
         tensors = WeightsMethod.state_tensors(self)
         plain = {k: v.cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
-        save_file(plain, folder / WEIGHTS_FILE, metadata={"method": self.name})
+        save_tensors(plain, folder / WEIGHTS_FILE, {"method": self.name})
 
     def merge(self, dtype: torch.dtype | None = None) -> dict[str, float]:
         """Leave the weights in the model, cast to `dtype`, and give it its flags back.
