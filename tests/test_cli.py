@@ -16,10 +16,12 @@ from safetensors.torch import load_file, save_file
 from typer.testing import Result
 
 from rfa_fast import __version__
+from rfa_fast.commands.alike import check_alike
+from rfa_fast.commands.measure import Measuring
 from rfa_fast.data import Split, load
 from rfa_fast.experiments import demo as demo_module
 from rfa_fast.methods import read_record, verify_record
-from rfa_fast.models import open_model
+from rfa_fast.models import OpenedModel, open_model
 from rfa_fast.report import RunReport
 
 __all__ = ["place", "without_plots"]
@@ -197,6 +199,62 @@ def test_labels_follow_the_model_s_own_order(place: Path) -> None:
     assert (row["D_r"], row["D_f"], row["D_rt"], row["D_ft"]) == (0.0, 1.0, 0.0, 1.0)
     samples = RunReport.from_json(place / "out" / "report.json").scenarios[0].settings["samples"]
     assert samples == {"D_r": 32, "D_f": 24, "D_rt": 8, "D_ft": 6}
+
+
+def named(*names: str) -> dict[str, Any]:
+    """Of a configuration: class names by index."""
+    return {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+
+
+@pytest.mark.parametrize("flag", ["--against", "--retrained"])
+def test_a_model_with_labels_in_another_order_is_refused_before_anything_is_measured(
+    flag: str, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Measuring, "__call__", lambda *_: pytest.fail("measured"))
+    folder, other = bert(place / "one", **named("tech", "sports", "business")), place / "other"
+    data = ["--data", str(texts(place / "news.jsonl")), "--forget-class", "tech", "--max-length", "16", "--no-progress"]
+    commands = ["evaluate"] if flag == "--against" else ["evaluate", "unlearn"]
+    for names, said in (
+        (("Tech", "business", "sports"), "with 'business' as class 1, expected 'sports', as in"),
+        (("tech", "sports", "business", "weather"), "with 'weather' as class 3, expected none, as in"),
+    ):
+        bert(other, num_labels=len(names), **named(*names))
+        for command in commands:
+            refused = run(command, str(folder), *data, flag, str(other), code=2).stderr
+            assert f"{flag}: got {other} {said} {folder}" in refused
+    assert not list(place.rglob("report.json"))
+
+
+@pytest.mark.parametrize("flag", ["--against", "--retrained"])
+def test_a_model_with_another_tokenizer_is_refused_before_anything_is_measured(
+    flag: str, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Measuring, "__call__", lambda *_: pytest.fail("measured"))
+    folder, other = llama(place / "one"), llama(place / "other")
+    file = other / "tokenizer.json"
+    inner = json.loads(file.read_text())
+    words = inner["model"]["vocab"]
+    words["goal"], words["match"] = words["match"], words["goal"]  # 5 and 6
+    file.write_text(json.dumps(inner))
+    data = ["--data", str(texts(place / "news.jsonl")), "--forget-keyword", "chip", "--max-length", "12"]
+    for command in ["evaluate"] if flag == "--against" else ["evaluate", "unlearn"]:
+        refused = run(command, str(folder), *data, flag, str(other), "--no-progress", code=2).stderr
+        assert f"{flag}: got {other}, whose tokenizer has 'goal' as token 6, expected 5, as in {folder}" in refused
+    assert not list(place.rglob("report.json"))
+
+
+def test_labels_are_compared_whatever_their_case_and_only_where_both_are_known() -> None:
+    def opened(*labels: str, task: Any = "text") -> OpenedModel:
+        return OpenedModel(torch.nn.Identity(), "m", "transformers", task, labels)
+
+    check_alike("--against", opened("A", "b"), opened("a", "B"), ["a", "B"])
+    check_alike("--against", opened(), opened("b", "a"), ["b", "a"])
+    check_alike("--against", opened("b", "a", task="language"), opened("a", "b", task="language"), ["a", "b"])
+    # The first names no class: its order is the data's, which says nothing about a model with other names.
+    check_alike("--against", opened("x", "y"), opened(), ["a", "b"])
+    check_alike("--against", opened("a", "b", "c"), opened(), ["a", "b"])
+    with pytest.raises(ValueError, match="got m with 'b' as class 0, expected 'a', as in m"):
+        check_alike("--against", opened("b", "a"), opened(), ["a", "b"])
 
 
 @pytest.mark.usefixtures("without_plots")

@@ -228,6 +228,8 @@ def test_bad_input(nets: str) -> None:
 
     assert "got neither MODEL and --config" in refused()
     assert "got both MODEL and --config" in refused("x", "--config", "y")
+    for flag, value in (("--weights", "w.safetensors"), ("--classes", "3")):
+        assert f"{flag}: got a value beside --config, expected MODEL" in refused("--config", "config.json", flag, value)
     assert "--mode: got 'both'" in refused(f"{nets}:build", "--mode", "both")
     assert "rival: got magic, expected some of floor" in refused(f"{nets}:build", "--rival", "magic")
     assert "each name once" in refused(f"{nets}:build", "--rival", "peft", "--rival", "peft")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import errno
+import inspect
 import json
 import re
 from pathlib import Path
@@ -13,10 +14,11 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from rfa_fast.cli import app
+from rfa_fast.commands.experiment import read_settings
 from rfa_fast.data import Split
 from rfa_fast.experiments import cache as cache_module
 from rfa_fast.experiments import common
-from rfa_fast.methods import NonFiniteError
+from rfa_fast.methods import NonFiniteError, unlearn
 from rfa_fast.plots import Plot
 from rfa_fast.report import RunReport
 
@@ -178,13 +180,16 @@ def test_a_run_that_diverges_is_a_row_without_figures(
         (["table1", *TINY, "--set", "scrub"], "expected METHOD.KEY=VALUE"),
         (["table1", *TINY, "--set", "magic.lr=1"], "'magic', expected one of neggrad"),
         (["table1", *TINY, "--set", "scrub.speed=1"], "speed"),
+        (["table1", *TINY, "--set", "finetune.method=npo"], "method is chosen by --methods"),
+        (["table1", *TINY, "--set", "rfa.seed=5"], "seed is chosen by --seeds"),
+        (["table1", *TINY, "--set", "rfa.mode=teacher"], "that row fixes mode to 'residual'"),
         (["table1", *TINY, "--budget", "soon"], "such as 3h"),
         (["table1", *TINY, "--budget", "0.01s", "--methods", "rfa"], "or more for this plan at its smallest"),
         (["table1", *TINY, "--methods", ","], "expected names with commas"),
         (["table1", *TINY, "--autocast", "float16"], "'float16', expected torch.bfloat16"),
     ],
     ids=["table", "no table", "method", "metric", "class", "keyword", "empty", "data", "absent", "set", "set method",
-         "set option", "time", "budget", "no method", "autocast"],
+         "set option", "set method of a row", "set seed", "set fixed", "time", "budget", "no method", "autocast"],
 )  # fmt: skip
 def test_bad_input_is_one_line_and_nothing_is_trained(
     words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -196,6 +201,20 @@ def test_bad_input_is_one_line_and_nothing_is_trained(
     assert message in plain(result.stderr)
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "out" / "table.csv").exists()
+
+
+def test_a_setting_gives_nothing_that_the_experiment_gives_itself() -> None:
+    taken = {
+        "method": "by --methods", "seed": "by --seeds", "progress": "by --no-progress", "output_dir": "--output",
+        "resume": "the same command resumes", "save": "--cache", "evaluate": "cannot be typed",
+        "until": "cannot be typed", "callbacks": "cannot be typed", "collate_fn": "cannot be typed",
+    }  # fmt: skip
+    for key, words in taken.items():
+        with pytest.raises(ValueError, match=rf"^--set: got rfa\.{key}, expected .*{words}"):
+            read_settings(["scrub.lr=1", f"rfa.{key}=1"])
+    own = {name for name, each in inspect.signature(unlearn).parameters.items() if each.kind is each.KEYWORD_ONLY}
+    assert set(taken) < own
+    assert read_settings([f"rfa.{key}=1" for key in own - set(taken)])["rfa"] == dict.fromkeys(own - set(taken), 1)
 
 
 def test_in_another_precision_nothing_is_shared(finished: tuple[Path, Result], tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from cli_cases import QUICK, nets, place, run, without_plots
 from safetensors.torch import load_file, save_file
 
+from rfa_fast.commands.measure import Measuring
 from rfa_fast.data import load
 from rfa_fast.methods import read_record
 from rfa_fast.report import RunReport
@@ -109,6 +110,28 @@ def test_bad_input_is_one_line_and_changes_nothing(place: Path, words: list[str]
     assert result.stderr.count("error: ") == 1
     assert "Traceback" not in result.output
     assert sorted(file for file in place.rglob("*") if "__pycache__" not in file.parts) == before
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--targets", "deep"], ["--rank", "8"], ["--adapter", "lora"], ["--classes", "3"], ["--weights", "w.safetensors"]],
+    ids=lambda words: words[0],
+)
+def test_info_without_a_model_takes_no_flag_about_one(words: list[str]) -> None:
+    refused = run("info", *words, code=2)
+    assert f"{words[0]}: got a value without MODEL, expected MODEL" in refused.stderr
+    assert refused.stdout == ""
+
+
+@pytest.mark.parametrize("command", ["evaluate", "unlearn"])
+def test_a_prompt_for_a_model_that_classifies_is_refused_before_anything_is_measured(
+    command: str, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Measuring, "__call__", lambda *_: pytest.fail("measured"))
+    words = [f"{nets(place)}:build", "--data", "images.npz", "--forget-class", "1", "--no-progress"]
+    refused = run(command, *words, "--prompt", "the", code=2)
+    assert "--prompt: got 'the' for a model that classifies, expected none" in refused.stderr
+    assert not (place / "runs").exists()
 
 
 def test_other_failures_keep_their_code_and_their_traceback(place: Path) -> None:

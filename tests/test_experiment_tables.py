@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from torch.utils.data import Subset
 
-from rfa_fast.data import split_by_sample
+from rfa_fast.data import split_by_class, split_by_sample
 from rfa_fast.experiments.common import Row
 from rfa_fast.experiments.measuring import FEATURE_ITEMS, Measures
 from rfa_fast.experiments.tables import experiment, runner
@@ -102,7 +102,11 @@ def test_rows_carry_the_pairs_settings_and_their_own() -> None:
     ours = ROWS["rfa-teacher"].keywords(pair, "class", 6000, seed=2)
     assert ours == {"method": "rfa", "lr": 1e-3, "weights": [1.0, 0.1, 1.0, 0.1], "mode": "teacher", "seed": 2}
     once = ROWS["neggrad"].keywords(pair, "class", 6000, seed=0)
-    assert (once["forget_per_batch"], once["max_steps"]) == (127, 48)  # ⌈6000 / 127⌉: one pass over D_f
+    # At most 127 of a batch's 128 are to be forgotten: ⌈6000 / 127⌉ = 48 steps, and 6000 / 48 = 125 in each.
+    assert (once["forget_per_batch"], once["max_steps"]) == (125, 48)
+    for forgotten, each, steps in ((127, 127, 1), (128, 64, 2), (129, 65, 2), (1, 1, 1)):  # 65 · 2: one comes twice
+        once = ROWS["neggrad"].keywords(pair, "sample", forgotten, seed=0)
+        assert (once["forget_per_batch"], once["max_steps"]) == (each, steps), forgotten
     few = ROWS["neggrad"].keywords(pair, "sample", 100, seed=0, epochs=2)
     assert (few["forget_per_batch"], few["max_steps"]) == (100, 2)
     head = ROWS["rfa-head"].keywords(PAIRS["wmdp/qwen2.5-3b"], "class", 9, 0)
@@ -220,6 +224,27 @@ def test_a_block_is_averaged_over_its_seeds_and_compared_seed_by_seed(two_seeds:
     assert "Retrain over 3 seeds, D_f: 90.00 to 98.00 %; RFA teacher 92.00 is within." in notes
 
 
+def test_the_plots_compare_a_row_with_the_original_of_its_own_seed() -> None:
+    block = Block(TABLES["table1"], PAIRS[DIGITS], "class:3", (PlannedRow(ROWS["rfa-teacher"]),), ("accuracy",))
+    key, founds = block.rows[0].key, {}
+    for seed in (0, 1):
+        before, after = (
+            replace(row(1, D_f__accuracy=0.5), per_class={"3": share}, confidence={"forget": [share], "test": [0.5]})
+            for share in (0.9 + seed / 100, 0.1 + seed / 100)
+        )
+        rows = {"Original": before, "Retrain": after} | ({key: after} if seed else {})
+        failed = {} if seed else {key: "step 3: the loss is inf"}
+        sizes = {"D_r": 1, "D_f": 1, "D_rt": 1, "D_ft": 1}
+        split = split_by_class([3, 4], [3, 4], "3", tuple("0123456789"))
+        recipe = {"epochs": 1, "lr": 1.0, "batch_size": 1}
+        founds[Place(DIGITS, seed, "class:3")] = Found(rows, failed, split, sizes, sizes, recipe)
+    scenario = block_scenario(block_result(block, founds))
+    assert (scenario.per_class_before, scenario.per_class_after) == ({"3": 0.91}, {"3": 0.11})
+    assert scenario.confidence == {"forget before": [0.91], "forget after": [0.11], "test": [0.5]}
+    assert scenario.forgotten == ["3"]
+    assert "The plots show RFA teacher, seed 1; distances are to the Original." in scenario.notes
+
+
 def test_the_same_figures_stand_in_every_file(two_seeds: Any, tmp_path: Path) -> None:
     result = block_result(*two_seeds)
     summaries = gap_summaries([result])
@@ -291,11 +316,11 @@ def test_jobs_beyond_the_cores_wait(jobs: int, threads: int, expected: int, monk
 def test_a_budget_takes_the_largest_sizes_that_fit() -> None:
     pair = "fashion-mnist/resnet18"
     forecaster = Counted(Choice(("table1",), (pair,), methods=("neggrad",), seeds=1))
-    # Original 60,000 · 5, Retrain 59,872 · 5 and 54,000 · 5 at 1 ms; NegGrad 2 · 127 + 48 · 127 at 2 ms;
+    # Original 60,000 · 5, Retrain 59,872 · 5 and 54,000 · 5 at 1 ms; NegGrad 2 · 64 + 48 · 125 at 2 ms;
     # three rows measured on 60,000 + 10,000 in each scenario at 0.1 ms, and a second for each of the six.
-    assert forecaster.total(LADDER[0]) == pytest.approx(300 + 299.36 + 270 + 12.7 + 42 + 6, rel=1e-6)
+    assert forecaster.total(LADDER[0]) == pytest.approx(300 + 299.36 + 270 + 12.256 + 42 + 6, rel=1e-6)
     forecaster.rates[pair]["model"] = 4.0  # of a probe: a row's copy, hashes and texts
-    assert forecaster.total(LADDER[0]) == pytest.approx(300 + 299.36 + 270 + 12.7 + 42 + 6 * 5, rel=1e-6)
+    assert forecaster.total(LADDER[0]) == pytest.approx(300 + 299.36 + 270 + 12.256 + 42 + 6 * 5, rel=1e-6)
     del forecaster.rates[pair]["model"]
     totals = [forecaster.total(step) for step in LADDER]
     assert totals == sorted(totals, reverse=True)
@@ -379,6 +404,38 @@ def test_a_setting_of_the_user_keeps_rows_apart_that_say_nothing_and_reaches_tho
     rated = replace(choice, overrides={"rfa-residual": {"lr": 0.5}})
     rates = {label: options["lr"] for label, options in options_of(rated).items()}
     assert rates["rank 1"] == rates["RFA residual"] == 0.5 != rates["RFA teacher"]
+
+
+@pytest.mark.parametrize(
+    ("table", "methods", "overrides", "message"),
+    [
+        ("table1", None, {"rfa": {"mode": "teacher"}}, "rfa.mode = 'teacher', .*rfa-residual: .* mode to 'residual'"),
+        ("table1", ("rfa-l2",), {"rfa-l2": {"norm": "mse"}}, "rfa-l2.norm = 'mse', .* fixes norm to 'l2'"),
+        ("table1", ("rfa", "rfa-deep"), {"rfa": {"targets": "all"}}, "rfa.targets .* rfa-deep: .* targets to 'deep'"),
+        ("table1", ("rfa-head",), {"rfa": {"targets": "all"}}, r"rfa.targets .* fixes targets to \['fc'\]"),
+        ("table1", None, {"neggrad": {"forget_per_batch": 3}}, "neggrad.forget_per_batch .* one pass over D_f"),
+        ("fig6", None, {"rfa-residual": {"mode": "teacher"}}, "rfa-residual.mode .* that row fixes mode to 'residual'"),
+        ("rank", None, {"rfa": {"rank": 4}}, r"rfa.rank = 4, .*: rank varies rank itself \(1, 2, 4, 8, 16\)"),
+    ],
+    ids=["mode", "norm", "targets", "head", "neggrad", "base of a sweep", "sweep"],
+)
+def test_a_setting_that_a_row_does_not_leave_open_is_refused(
+    table: str, methods: tuple[str, ...] | None, overrides: dict[str, dict[str, Any]], message: str
+) -> None:
+    choice = Choice((table,), (DIGITS,), methods=methods, seeds=1, overrides=overrides)
+    with pytest.raises(ValueError, match=f"set: got {message}"):
+        blocks_of(choice)
+
+
+def test_a_setting_of_a_method_reaches_all_its_rows_and_leaves_sweeps_their_values() -> None:
+    choice = Choice(("table1", "table14", "rank"), (DIGITS,), seeds=1, overrides={"rfa": {"lr": 0.5, "rank": 2}})
+    runs = {label: o for label, o in options_of(choice).items() if o["method"] == "rfa"}
+    assert {label: (options["lr"], options["rank"]) for label, options in runs.items()} == {
+        "RFA residual": (0.5, 2), "RFA teacher": (0.5, 2),
+        **{f"lr = {rate}": (rate, 2) for rate in (1e-5, 5e-5, 1e-4, 5e-4, 1e-3)},
+        **{f"rank {rank}": (0.5, rank) for rank in (1, 2, 4, 8, 16)},
+    }  # fmt: skip
+    assert options_of(choice)["SCRUB"]["lr"] != 0.5
 
 
 def test_what_neggrad_goes_through_is_counted_by_its_steps() -> None:

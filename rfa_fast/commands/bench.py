@@ -16,6 +16,7 @@ from torch import nn
 
 from rfa_fast.commands import options
 from rfa_fast.commands.info import _table
+from rfa_fast.commands.method import refuse_typed
 from rfa_fast.commands.shell import INTERRUPTED, command_line, reported, results, say
 from rfa_fast.commands.unlearn import _targets
 from rfa_fast.metrics import Forecast
@@ -121,6 +122,8 @@ def bench(
             raise ValueError(f"got {'neither' if model is None else 'both'} MODEL and --config, expected one of them")
         if mode not in ("residual", "teacher"):
             raise ValueError(f"--mode: got {mode!r}, expected residual or teacher")
+        if config is not None:
+            refuse_typed(context, ("weights", "classes"), "beside --config", "MODEL: a configuration says all there is")
         from rfa_fast.experiments.bench import Bench, free_bytes, sentence, size_text
         from rfa_fast.experiments.common import bar
         from rfa_fast.experiments.geometry import batches_for

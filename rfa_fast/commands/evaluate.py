@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from rfa_fast.commands import options
+from rfa_fast.commands.alike import check_alike, without_weights
 from rfa_fast.commands.inputs import ForgetRequest, ModelRequest, load_data, prepare, settings_of
 from rfa_fast.commands.measure import Measured, Measuring, finish, scenario
 from rfa_fast.commands.shell import command_line, reported, results, say
@@ -76,19 +77,23 @@ def evaluate(
             raise ValueError(f"--against: got {', '.join(repeated)} twice, expected each model once")
         request = ModelRequest(model, weights, tokenizer, dtype, trust_remote_code, device)
         bundle = load_data(data, data_option or [], pad_to=pad_to, channels=channels)
+        compared = [] if retrained is None else [("Retrain", "--retrained", retrained)]
+        compared += [(name, "--against", name) for name in others]
+        # Opened once before anything is measured, one at a time, and once more to be measured.
+        known = [(flag, without_weights(request.open_other(name, len(bundle.classes)))) for _, flag, name in compared]
         opened = request.open(len(bundle.classes))
         prepared = prepare(bundle, forget, opened, max_length=max_length, channels=channels)
         for note in prepared.notes:
             say(note)
+        for flag, other in known:
+            check_alike(flag, other, opened, prepared.data.classes)
         measure = Measuring(
             prepared, eval_batch_size, eval_samples, tuple(prompt or ()), opened.tokenizer, seed, progress
         )
         rows: dict[str, tuple[Measured, float | None]] = {model: (measure(opened.model, model), None)}
         del opened  # one model in memory at a time
-        if retrained is not None:
-            rows["Retrain"] = (measure(request.open_other(retrained, len(bundle.classes)).model, "Retrain"), None)
-        for name in others:
-            rows[name] = (measure(request.open_other(name, len(bundle.classes)).model, name), None)
+        for label, _, name in compared:
+            rows[label] = (measure(request.open_other(name, len(bundle.classes)).model, label), None)
         second = others[0] if others else None
         notes = [] if len(others) < 2 else [f"The plots show {model} and {second}."]
         shown = scenario(

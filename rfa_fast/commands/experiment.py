@@ -15,6 +15,15 @@ from rfa_fast.commands.shell import INTERRUPTED, reported, results, say
 if TYPE_CHECKING:
     from rfa_fast.experiments.tables.plan import Sizes
 
+_FOLDER = "the experiment's own; its folders are --cache and --output, and the same command resumes"
+_CALLED = "a callable, which cannot be typed"
+_OURS = {
+    "method": "chosen by --methods", "seed": "chosen by --seeds", "progress": "chosen by --no-progress",
+    "output_dir": _FOLDER, "resume": _FOLDER, "save": _FOLDER,
+    "evaluate": _CALLED, "until": _CALLED, "callbacks": _CALLED, "collate_fn": _CALLED,
+}  # fmt: skip
+"""Keywords of `unlearn` that no setting may give, and why."""
+
 _WHAT, _SIZE, _RUN = "What to compare", "How much", "Running"
 
 
@@ -194,13 +203,14 @@ def read_settings(words: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Method or row -> options, from `METHOD.KEY=VALUE`; the value is JSON or a text.
 
     Raises:
-        ValueError: not of that form, a method that no row has, or an option given twice.
+        ValueError: not of that form, a method that no row has, an option given twice, or one that the experiment
+            gives itself.
 
     Example:
         >>> read_settings(["scrub.lr=1e-4", "rfa.targets=deep"])
         {'scrub': {'lr': 0.0001}, 'rfa': {'targets': 'deep'}}
     """
-    from rfa_fast.commands.inputs import json_or_text
+    from rfa_fast.experiments.comparison import json_or_text
     from rfa_fast.experiments.tables.rows import ROWS
 
     known = list(dict.fromkeys([*(row.method for row in ROWS.values()), *ROWS]))
@@ -212,6 +222,8 @@ def read_settings(words: Sequence[str]) -> dict[str, dict[str, Any]]:
             raise ValueError(f"--set: got {word!r}, expected METHOD.KEY=VALUE such as scrub.lr=1e-4")
         if method not in known:
             raise ValueError(f"--set: got method {method!r}, expected one of {', '.join(known)}")
+        if key in _OURS:
+            raise ValueError(f"--set: got {place}, expected an option of the method: {key} is {_OURS[key]}")
         if key in found.get(method, {}):
             raise ValueError(f"--set: got {place} twice, expected it once")
         found.setdefault(method, {})[key] = json_or_text(value)

@@ -16,9 +16,11 @@ from rich.table import Table
 from rich.text import Text
 
 from rfa_fast.commands import options
+from rfa_fast.commands.method import refuse_typed
 from rfa_fast.commands.shell import reported, results
 from rfa_fast.commands.unlearn import _targets
 
+_OF_MODEL = ("weights", "targets", "rank", "adapter", "classes")
 _NO_BF16 = "; no instructions for bf16 products: a bf16 model is many times slower here than a float32 one"
 
 
@@ -61,6 +63,7 @@ def info(
     """
     with reported(context, debug=debug):
         if model is None:
+            refuse_typed(context, _OF_MODEL, "without MODEL", "MODEL, whose layers it is about")
             found = machine_facts()
         else:
             found = model_facts(

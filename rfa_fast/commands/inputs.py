@@ -9,7 +9,6 @@ note and printed; none changes which samples there are.
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -36,6 +35,7 @@ from rfa_fast.data import (
     tokenise_texts,
 )
 from rfa_fast.experiments.common import thinned
+from rfa_fast.experiments.comparison import json_or_text
 from rfa_fast.methods import checks
 from rfa_fast.models import OpenedModel, open_model
 
@@ -310,7 +310,7 @@ def _existing(path: Path | None, option: str) -> Path:
 
 
 def key_and_value(flag: str, word: str) -> tuple[str, Any]:
-    """The two sides of a KEY=VALUE, the value as :func:`json_or_text` reads it.
+    """The two sides of a KEY=VALUE, the value JSON or a text.
 
     Raises:
         ValueError: no = or no key.
@@ -323,19 +323,6 @@ def key_and_value(flag: str, word: str) -> tuple[str, Any]:
     if not separator or not key:
         raise ValueError(f"{flag}: got {word!r}, expected KEY=VALUE")
     return key, json_or_text(value)
-
-
-def json_or_text(value: str) -> Any:
-    """What stands behind the = of a KEY=VALUE: JSON, or the text itself.
-
-    Example:
-        >>> json_or_text("0.5"), json_or_text("deep")
-        (0.5, 'deep')
-    """
-    try:
-        return json.loads(value)
-    except json.JSONDecodeError:
-        return value
 
 
 def settings_of(prepared: Prepared) -> Mapping[str, Any]:

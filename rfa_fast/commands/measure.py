@@ -17,9 +17,8 @@ from torch import nn
 
 from rfa_fast.commands.inputs import Prepared, title_of
 from rfa_fast.commands.shell import say
-from rfa_fast.experiments.cache import labels_of
-from rfa_fast.experiments.common import bar, thinned
-from rfa_fast.metrics import SplitResult, evaluate_split, generate_text
+from rfa_fast.experiments.measuring import accuracy_by_class, bar, thinned
+from rfa_fast.metrics import evaluate_split, generate_text
 from rfa_fast.report import Example, MethodRow, RunReport, Scenario
 
 REPORT_JSON, REPORT_PAGE = "report.json", "report.html"
@@ -44,7 +43,11 @@ class Measured:
 
 @dataclass(frozen=True)
 class Measuring:
-    """How models are measured: the data, and what was asked for on the command line."""
+    """How models are measured: the data, and what was asked for on the command line.
+
+    Raises:
+        ValueError: prompts for a model that does not write.
+    """
 
     prepared: Prepared
     batch_size: int | None = None
@@ -53,6 +56,13 @@ class Measuring:
     tokenizer: Any = None
     seed: int = 0
     progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.prompts and not self.prepared.language:
+            raise ValueError(
+                f"--prompt: got {self.prompts[0]!r} for a model that classifies, expected none; leave it out, only a "
+                "language model goes on from it"
+            )
 
     def __call__(self, model: nn.Module, label: str) -> Measured:
         """Measure one model.
@@ -73,17 +83,9 @@ class Measuring:
             for key, name in (("forget", "D_f"), ("test", test))
         }
         texts = {prompt: generate_text(model, self.tokenizer, prompt) for prompt in self.prompts} if language else {}
-        return Measured(figures, self._per_class(result), confidence, texts)
-
-    def _per_class(self, result: SplitResult) -> dict[str, float]:
-        names = ("D_r", "D_f") if self.prepared.language else ("D_rt", "D_ft", "D_t")
-        subsets, right = self.prepared.measured(self.limit), dict[int, list[bool]]()
-        for name in (name for name in names if name in result):
-            predictions = result[name].predictions
-            hits = (predictions.tokens_right == predictions.tokens).tolist()
-            for label, hit in zip(labels_of(subsets[name]), hits, strict=True):
-                right.setdefault(label, []).append(hit)
-        return {self.prepared.data.classes[label]: sum(hits) / len(hits) for label, hits in sorted(right.items())}
+        subsets, classes = self.prepared.measured(self.limit), self.prepared.data.classes
+        per_class = accuracy_by_class(result, subsets, classes, language=language)
+        return Measured(figures, per_class, confidence, texts)
 
 
 def scenario(

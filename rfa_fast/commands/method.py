@@ -64,6 +64,22 @@ def method_options(
     return options
 
 
+def refuse_typed(context: typer.Context, names: Sequence[str], where: str, expected: str) -> None:
+    """Raise for a flag that would be ignored.
+
+    Args:
+        context: of the command, which knows the flags that were typed.
+        names: of its parameters.
+        where: what makes them idle, `"without MODEL"`.
+        expected: what they need.
+
+    Raises:
+        ValueError: one of them was typed.
+    """
+    if typed := [_flag(name) for name in names if _was_typed(context, name)]:
+        raise ValueError(f"{typed[0]}: got a value {where}, expected {expected}")
+
+
 def _was_typed(context: typer.Context, flag: str) -> bool:
     source = context.get_parameter_source(flag)
     return source is not None and source.name == "COMMANDLINE"

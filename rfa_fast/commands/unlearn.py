@@ -15,6 +15,7 @@ import typer
 from torch import nn
 
 from rfa_fast.commands import options
+from rfa_fast.commands.alike import check_alike
 from rfa_fast.commands.inputs import ForgetRequest, ModelRequest, Prepared, load_data, prepare, settings_of
 from rfa_fast.commands.measure import REPORT_JSON, REPORT_PAGE, Measured, Measuring, finish, scenario
 from rfa_fast.commands.method import METHOD_NAMES, method_options
@@ -199,9 +200,12 @@ def unlearn(
         measure = Measuring(
             prepared, eval_batch_size, eval_samples, tuple(prompt or ()), opened.tokenizer, seed, progress
         )
-        reference = None if retrained is None else measure(
-            request.open_other(retrained, len(bundle.classes)).model, "Retrain"
-        )  # fmt: skip
+        reference = None
+        if retrained is not None:
+            other = request.open_other(retrained, len(bundle.classes))
+            check_alike("--retrained", other, opened, prepared.data.classes)
+            reference = measure(other.model, "Retrain")
+            del other
         measured = [measure(opened.model, "Before")] if resume else []
 
         def evaluate(of: nn.Module) -> Mapping[str, float]:
@@ -249,8 +253,7 @@ def _report(
     shown = scenario(
         prepared, rows, before="Before", after="After",
         notes=[
-            f"Steps: {training['steps']}; each sample to forget came {_times(result)}; "
-            f"{_changed(result)} layers: {len(result.record['layers'])}.",
+            f"Steps: {training['steps']}; {_times(result)}{_changed(result)} layers: {len(result.record['layers'])}.",
             *notes,
         ],
         settings={**settings_of(prepared), "model": model, "method": dict(settings)},
@@ -304,9 +307,13 @@ def _changed(result: UnlearnResult) -> str:
 
 
 def _times(result: UnlearnResult) -> str:
-    """How often the steps showed a sample to forget: `"once"`, `"3.7 times"` in the mean."""
+    """How often the steps showed a sample to forget, in the mean, as a clause; empty where the method shows none."""
+    kind, options = METHODS[result.record["method"]], result.record["settings"]["options"]
+    passes = kind.passes(options, result.record["settings"]["epochs"])
+    if not any(kind.uses_forget(options, epoch) for epoch in range(passes)):
+        return ""
     drawn = result.record["training"]["forget_samples_drawn"] / result.record["forget"]["count"]
-    return "once" if drawn == 1 else f"{drawn:.1f} times"
+    return f"each sample to forget came {'once' if drawn == 1 else f'{drawn:.1f} times'}; "
 
 
 def _targets(targets: list[str] | None) -> str | list[str]:

@@ -23,12 +23,12 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from rfa_fast.data import Repeated, Split, collate, collate_text, validation_split
 from rfa_fast.experiments.cache import ModelCache, Say, Trained, fingerprint, labels_of, settings_key
 from rfa_fast.experiments.cells import CellStore, slug
-from rfa_fast.experiments.measuring import FEATURE_ITEMS, Measures, lasting_figures, measured_more
+from rfa_fast.experiments.measuring import FEATURE_ITEMS, Measures, accuracy_by_class, lasting_figures, measured_more
 from rfa_fast.experiments.measuring import bar as bar
 from rfa_fast.experiments.measuring import thinned as thinned
 from rfa_fast.methods import method_settings, train, unlearn
 from rfa_fast.methods.checkpoint import RunFolder
-from rfa_fast.metrics import KeptOutputs, Predictions, SplitResult, evaluate_split, feature_distance, measure
+from rfa_fast.metrics import KeptOutputs, Predictions, evaluate_split, feature_distance, measure
 from rfa_fast.metrics.kept import KEPT_BYTES
 from rfa_fast.report import Example, MethodRow, Scenario
 
@@ -332,7 +332,7 @@ class ScenarioRun:
             if language:
                 figures |= {f"{name}/perplexity": item.perplexity for name, item in result.items()}
             figures["MIA"] = result.membership().forget_share
-        per_class = self._per_class(result, ("D_r", "D_f") if language else ("D_rt", "D_ft", "D_t"))
+        per_class = accuracy_by_class(result, self.measured, self.experiment.classes, language=language)
         test = next(name for name in ("D_ft", "D_t", "D_rt") if name in result)
         sources = {"forget": result["D_f"], "test": result[test]}
         confidence = {key: thinned(item.predictions.confidence.tolist()) for key, item in sources.items()}
@@ -341,18 +341,6 @@ class ScenarioRun:
 
     def _loaders(self) -> dict[str, DataLoader[Any]]:
         return {name: self.experiment.loader(subset) for name, subset in self.measured.items()}
-
-    def _per_class(self, result: SplitResult, names: Sequence[str]) -> dict[str, float]:
-        """Accuracy by class over some subsets, classes without a sample left out."""
-        right: dict[int, list[bool]] = {}
-        for name in names:
-            if name not in result:
-                continue
-            predictions = result[name].predictions
-            hits = (predictions.tokens_right == predictions.tokens).tolist()
-            for label, hit in zip(labels_of(self.measured[name]), hits, strict=True):
-                right.setdefault(label, []).append(hit)
-        return {self.experiment.classes[label]: sum(hits) / len(hits) for label, hits in sorted(right.items())}
 
     def _distances(self, model: nn.Module, layers: Sequence[str]) -> dict[str, dict[str, float]]:
         """Distance of each layer's features to the Original's (section V-B5, definition 1), on kept and forgotten."""

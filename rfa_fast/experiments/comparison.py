@@ -159,7 +159,7 @@ def methods(settings: Mapping[str, Any], modes: Sequence[str], seed: int, tried:
         key, equals, values = text.partition("=")
         if not key.isidentifier() or not equals or not values:
             raise ValueError(f"try: got {text!r}, expected NAME=VALUE,VALUE,… such as lr=5e-5,5e-4")
-        axes[key] = [_value(value) for value in values.split(",")]
+        axes[key] = [json_or_text(value) for value in values.split(",")]
     found: list[Method] = []
     for mode in modes:
         for combination in itertools.product(*axes.values()):
@@ -167,6 +167,19 @@ def methods(settings: Mapping[str, Any], modes: Sequence[str], seed: int, tried:
             label = " ".join([f"RFA {mode}", *(f"{key}={value}" for key, value in chosen.items())])
             found.append(Method(label, {"mode": mode, "seed": seed, **settings, **chosen}))
     return found
+
+
+def json_or_text(value: str) -> Any:
+    """What stands behind the = of a KEY=VALUE: JSON, or the text itself.
+
+    Example:
+        >>> json_or_text("0.5"), json_or_text("deep")
+        (0.5, 'deep')
+    """
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        return value
 
 
 def deliver(report: RunReport, output: str | os.PathLike[str] | None, say: Say = print) -> RunReport:
@@ -235,10 +248,3 @@ def _texts(dataset: Dataset[Any], scenario: str) -> list[str]:
     if texts is None:
         raise ValueError(f"scenario: got {scenario!r} for data without texts, expected class:NAME or sample:COUNT")
     return list(texts)
-
-
-def _value(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text

@@ -30,7 +30,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from rfa_fast.experiments.sharing import labelled_rows, run_model, sharing_copy
+from rfa_fast.experiments.sharing import labelled_rows, sharing_copy
+from rfa_fast.methods.weights import call
 from rfa_fast.metrics.passes import logits_of
 from rfa_fast.targets import output_embeddings
 
@@ -199,7 +200,7 @@ def _record(
             twin.get_submodule(name).register_forward_hook(adapted(name, zero))
         stack.enter_context(recorder)
         stack.enter_context(torch.enable_grad())
-        value = logits_of(run_model(twin, inputs)).float().square().sum()
+        value = logits_of(call(twin, inputs)).float().square().sum()
         torch.autograd.grad(value, zeros, allow_unused=True)
     return recorder.products, features
 

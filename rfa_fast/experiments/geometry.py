@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from rfa_fast.experiments.rivals import StepBatch
-from rfa_fast.experiments.sharing import run_model, sharing_copy
+from rfa_fast.experiments.sharing import sharing_copy
 from rfa_fast.head import predicts_next_token
+from rfa_fast.methods.weights import call
 from rfa_fast.metrics.passes import logits_of
 from rfa_fast.metrics.shapes_only import DependsOnValues, fake_copy, shapes_only
 
@@ -160,12 +161,12 @@ def _answer(model: nn.Module, blank: Batches) -> Tensor:
     first = next(model.parameters(), torch.zeros(0))
     try:
         with shapes_only():
-            return logits_of(run_model(fake_copy(model).eval(), blank.draw(torch.Generator()).inputs))
+            return logits_of(call(fake_copy(model).eval(), blank.draw(torch.Generator()).inputs))
     except DependsOnValues:
         if first.is_meta:
             raise
         twin = sharing_copy(model).eval()
-        return logits_of(run_model(twin, blank.draw(torch.Generator(), first.device).inputs))
+        return logits_of(call(twin, blank.draw(torch.Generator(), first.device).inputs))
 
 
 def _inputs_of(model: nn.Module, size: int | None, length: int | None, image_size: int | None) -> Batches:

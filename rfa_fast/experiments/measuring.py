@@ -18,7 +18,7 @@ from typing import Any
 from torch import nn
 from torch.utils.data import Subset
 
-from rfa_fast.experiments.cache import canonical
+from rfa_fast.experiments.cache import canonical, labels_of
 from rfa_fast.methods.progress import redraws
 from rfa_fast.metrics import METRICS, Cost, KeptOutputs, Predictions, References, SplitResult, read_metrics
 from rfa_fast.metrics.meters import TokenReduction
@@ -130,6 +130,42 @@ class Measures:
         cost = Cost(seconds, peak_bytes, "measured" if peak_bytes is not None else "unknown")
         figures = read_metrics(result, self.metrics, cost=cost, seed=seed)
         return {name: float(value) if value is not None else math.nan for name, value in figures.items()}
+
+
+def accuracy_by_class(
+    result: SplitResult, subsets: Mapping[str, Subset[Any]], classes: Sequence[str], *, language: bool
+) -> dict[str, float]:
+    """Class name -> accuracy in [0, 1], classes without a sample left out.
+
+    Of a classification it is over the test samples, kept and forgotten; of a language model over the training samples,
+    where a text counts when every token is right.
+
+    Args:
+        result: what was measured.
+        subsets: those that it was measured on, with a label per item, in order.
+        classes: names by index.
+        language: a label per token.
+
+    Example:
+        >>> import torch
+        >>> from rfa_fast.data import TextDataset
+        >>> from rfa_fast.metrics import evaluate_split
+        >>> texts = TextDataset(["x", "y", "z"], [0, 2, 2], classes=("a", "b", "c"))
+        >>> logits = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0], [1.0, 0.0, 0.0]])
+        >>> loaders = {name: [(logits, torch.tensor([0, 2, 2]))] for name in ("D_r", "D_f", "D_rt")}
+        >>> found = evaluate_split(nn.Identity(), loaders)
+        >>> accuracy_by_class(found, {"D_rt": Subset(texts, range(3))}, texts.classes, language=False)
+        {'a': 1.0, 'c': 0.5}
+    """
+    right: dict[int, list[bool]] = {}
+    for name in ("D_r", "D_f") if language else ("D_rt", "D_ft", "D_t"):
+        if name not in result:
+            continue
+        predictions = result[name].predictions
+        hits = (predictions.tokens_right == predictions.tokens).tolist()
+        for label, hit in zip(labels_of(subsets[name]), hits, strict=True):
+            right.setdefault(label, []).append(hit)
+    return {classes[label]: sum(hits) / len(hits) for label, hits in sorted(right.items())}
 
 
 def lasting_figures(

@@ -29,7 +29,8 @@ from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
 from rfa_fast.experiments.floor import Floor, floor_of
-from rfa_fast.experiments.sharing import quiet, run_model, sharing_copy
+from rfa_fast.experiments.sharing import quiet, sharing_copy
+from rfa_fast.methods.weights import call
 from rfa_fast.metrics.passes import logits_of
 from rfa_fast.patching import RFA, patch
 from rfa_fast.targets import Targets, select
@@ -204,7 +205,7 @@ def task_loss(model: nn.Module, batch: StepBatch) -> Tensor:
     if isinstance(batch.inputs, Mapping):
         found: Tensor = model(**batch.inputs, labels=batch.labels).loss
         return found
-    return F.cross_entropy(logits_of(run_model(model, batch.inputs)).float(), batch.labels)
+    return F.cross_entropy(logits_of(call(model, batch.inputs)).float(), batch.labels)
 
 
 def finetune(model: nn.Module, setting: Setting, *, compiled: bool = False, in_place: bool = False) -> Contender:

@@ -28,9 +28,10 @@ from torch.nn import functional as F
 
 from rfa_fast.config import RFAConfig
 from rfa_fast.experiments.rivals import Contender, Setting, StepBatch, task_loss
-from rfa_fast.experiments.sharing import labelled_rows, quiet, run_model, sharing_copy
+from rfa_fast.experiments.sharing import labelled_rows, quiet, sharing_copy
 from rfa_fast.groups import batch_of
 from rfa_fast.head import predicts_next_token
+from rfa_fast.methods.weights import call
 from rfa_fast.metrics.passes import logits_of
 from rfa_fast.ranks import fit_ranks
 from rfa_fast.targets import select
@@ -183,8 +184,8 @@ class PaperArrangement:
     def terms(self, inputs: Tensor | Mapping[str, Any], rows: Rows) -> dict[str, Tensor]:
         """`total` and its parts, under the names of :class:`rfa_fast.RFALoss`."""
         with torch.no_grad():
-            run_model(self.teacher, inputs)
-        logits = logits_of(run_model(self.student_model, inputs))
+            call(self.teacher, inputs)
+        logits = logits_of(call(self.student_model, inputs))
         pairs = [_aligned(self.features["student"][n], self.features["teacher"][n], rows) for n in self.names]
         retain_align, forget_align = (torch.stack([pair[i].float() for pair in pairs]).sum() for i in (0, 1))
         for caught in self.features.values():

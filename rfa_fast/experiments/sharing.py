@@ -1,9 +1,8 @@
-"""What all contenders of a benchmark need of a model: a twin on the same weights, its output, its labelled rows."""
+"""What all contenders of a benchmark need of a model: a twin on the same weights, its labelled rows."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -48,11 +47,6 @@ def quiet(model: nn.Module) -> nn.Module:
         if getattr(module, "gradient_checkpointing", False) is True:
             module.training = True
     return model
-
-
-def run_model(model: nn.Module, inputs: Tensor | Mapping[str, Any]) -> Any:
-    """`model(inputs)`, or `model(**inputs)` for keyword arguments."""
-    return model(inputs) if isinstance(inputs, Tensor) else model(**inputs)
 
 
 def labelled_rows(model: nn.Module, labels: Tensor) -> Tensor:

@@ -15,11 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, cast, get_args
+from typing import Literal, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
 
+from rfa_fast.metrics.meters import check_choice
 from rfa_fast.metrics.min_k import MIN_K_DEFAULT
 from rfa_fast.metrics.predictions import Predictions
 
@@ -92,8 +93,8 @@ def membership_attack(
         >>> attack.forget_share, attack.attack_accuracy
         (0.25, 1.0)
     """
-    _check_choice("classifier", classifier, get_args(Classifier))
-    _check_choice("feature", feature, get_args(Feature))
+    check_choice("classifier", classifier, Classifier)
+    check_choice("feature", feature, Feature)
     _check_limit(max_samples)
     inside, outside = _feature("member", member, feature, min_k), _feature("nonmember", nonmember, feature, min_k)
     asked = _feature("forget", forget, feature, min_k)
@@ -175,7 +176,7 @@ def membership_auc(forget: Scores, test: Scores, *, feature: Feature = "entropy"
         >>> membership_auc([0.1, 0.5], [0.4, 0.9])
         0.75
     """
-    _check_choice("feature", feature, get_args(Feature))
+    check_choice("feature", feature, Feature)
     return _auc(_feature("forget", forget, feature, min_k), _feature("test", test, feature, min_k))
 
 
@@ -214,8 +215,3 @@ def _check_limit(value: object) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"max_samples: got {value!r}, expected an integer >= 1 or None")
-
-
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}")

@@ -175,7 +175,7 @@ def blocks_of(choice: Choice) -> list[Block]:
 
     Raises:
         ValueError: an unknown method or metric, one that a pair's kind does not have, a scenario of no known
-            form, or nothing left to show.
+            form, a setting of the user's that a row does not leave open, or nothing left to show.
 
     Example:
         >>> blocks = blocks_of(Choice(("table1",), ("digits/digits-net",)))
@@ -201,6 +201,7 @@ def blocks_of(choice: Choice) -> list[Block]:
             f"tables: {', '.join(choice.tables)} has no scenario for {', '.join(choice.pairs)}, expected other data or "
             "--scenario"
         )
+    _check_overrides(found, choice.overrides)
     return found
 
 
@@ -263,6 +264,31 @@ def _check_here(chosen: tuple[RowSpec, ...] | None) -> None:
             raise ValueError(
                 f"methods: got {row.name!r}, whose method {row.method!r} is not among {', '.join(METHODS)}"
             )
+
+
+def _check_overrides(blocks: Sequence[Block], overrides: Mapping[str, Mapping[str, Any]]) -> None:
+    """What the user set is what the rows that it is for run with.
+
+    A sweep goes over its values whatever was set, which then holds for the other rows.
+
+    Raises:
+        ValueError: a row that fixes the option itself, or no row but those that vary it.
+    """
+    for place, key, value in ((place, key, value) for place, of in overrides.items() for key, value in of.items()):
+        got = f"set: got {place}.{key} = {value!r}"
+        meant = [(block, row.spec) for block in blocks for row in block.rows
+                 if place in (row.spec.method, row.spec.base or row.spec.name)]  # fmt: skip
+        for block, row in meant:
+            if (fixed := row.fixed(block.pair).get(key)) is not None:
+                name = row.base or row.name
+                raise ValueError(
+                    f"{got}, expected another option for {name}: that row fixes {key} to {fixed}; choose other rows "
+                    "(--methods) or set it for one of the others alone"
+                )
+        if meant and all(key in row.varied for _, row in meant):
+            tables = ", ".join(dict.fromkeys(block.table.name for block, _ in meant))
+            values = ", ".join(dict.fromkeys(repr(row.options[key]) for _, row in meant))
+            raise ValueError(f"{got}, expected another option: {tables} varies {key} itself ({values})")
 
 
 def _metrics(table: TableSpec, pair: Pair, choice: Choice) -> tuple[str, ...]:

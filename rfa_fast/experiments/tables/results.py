@@ -43,7 +43,8 @@ class RowResult:
         paper: column -> the paper's figure.
         seconds: mean time, `None` where unknown.
         failed: seed -> why it has no figures.
-        latest: the row of the first seed, for plots.
+        latest: the row of the first seed that has one, for plots.
+        seed: that seed.
     """
 
     label: str
@@ -54,6 +55,7 @@ class RowResult:
     seconds: float | None = None
     failed: dict[int, str] = field(default_factory=dict)
     latest: Row | None = None
+    seed: int | None = None
 
 
 @dataclass
@@ -151,7 +153,7 @@ def block_result(block: Block, computed: Mapping[Place, Found]) -> BlockResult:
         made.paper = {k: v for k, v in (paper or {}).get(paper_row, {}).items() if k in keys}
         times = [row.seconds for row in rows.values()]
         made.seconds = math.fsum(times) / len(times) if times else None
-        made.latest = next(iter(rows.values()), None)
+        made.seed, made.latest = next(iter(rows.items()), (None, None))
         return made
 
     retrain, original = result("Retrain", "Retrain", "Retrain"), result("Original", "Original", "Original")

@@ -34,6 +34,7 @@ class RowSpec:
         once: one pass over what is to be forgotten instead of one over what is kept (NegGrad trains on D_f alone).
         repeat: how often each sample of D_f comes (section V-B2 has five).
         base: the row that this one varies, whose settings by the user are its own; empty: none.
+        varied: the options that it varies.
     """
 
     name: str
@@ -46,6 +47,7 @@ class RowSpec:
     once: bool = False
     repeat: int = 1
     base: str = ""
+    varied: tuple[str, ...] = ()
 
     def with_option(self, key: str, value: Any, label: str, paper: str = "") -> RowSpec:
         """The same row with one option changed, under another label.
@@ -56,7 +58,25 @@ class RowSpec:
         """
         name = f"{self.name}-{key}-{value}"
         options = {**self.options, key: value}
-        return replace(self, name=name, label=label, paper=paper, options=options, base=self.base or self.name)
+        base, varied = self.base or self.name, (*self.varied, key)
+        return replace(self, name=name, label=label, paper=paper, options=options, base=base, varied=varied)
+
+    def fixed(self, pair: Pair) -> dict[str, str]:
+        """The options that make the row what it is, each with its value in words; those that it varies left out.
+
+        Example:
+            >>> from rfa_fast.experiments.tables.pairs import PAIRS
+            >>> ROWS["rfa-head"].fixed(PAIRS["wmdp/qwen2.5-3b"])
+            {'mode': "'residual'", 'targets': "['lm_head']"}
+            >>> ROWS["rfa-l2"].with_option("norm", "mse", "mse").fixed(PAIRS["digits/digits-net"])
+            {'mode': "'residual'"}
+        """
+        found = {key: repr(value) for key, value in self.options.items() if key not in self.varied}
+        if self.head_only:
+            found["targets"] = repr([pair.head])
+        if self.once:
+            found["forget_per_batch"] = "what makes one pass over D_f"
+        return found
 
     @property
     def cost_key(self) -> str:
@@ -115,8 +135,9 @@ class RowSpec:
             found["targets"] = [pair.head]
         if self.once:
             size = found.get("batch_size") or (IMAGE_BATCH if pair.kind == "image" else TEXT_BATCH)
-            each = min(max(1, size - 1), forgotten)
-            steps = -(-forgotten // each) * found.pop("epochs", 1)
+            steps = -(-forgotten // max(1, size - 1))  # a batch holds a sample to keep too
+            each = -(-forgotten // steps)  # as equal as can be: fewer than `steps` samples come twice
+            steps *= found.pop("epochs", 1)
             found = {**found, "forget_per_batch": each, "max_steps": found.get("max_steps", steps)}
         return {"method": self.method, **found}
 

@@ -14,13 +14,15 @@ SUMMARY = "Mean absolute gap to Retrain"
 
 
 def block_scenario(result: BlockResult) -> Scenario:
-    """One block as a section of the report; the plots show RFA's first seed."""
+    """One block as a section of the report; the plots show RFA's first seed with figures, and Original of that seed."""
     shown = _shown(result)
-    before, after = result.original.latest, None if shown is None else shown.latest
     first = next(iter(result.founds.values()))
     plots: dict[str, Any] = {}
-    if before is not None and after is not None and shown is not None:
-        target = first.split.target
+    notes = result.notes()
+    of_seed = None if shown is None or shown.seed is None else result.founds[shown.seed]
+    before, after = None if of_seed is None else of_seed.rows.get("Original"), None if shown is None else shown.latest
+    if shown is not None and of_seed is not None and before is not None and after is not None:
+        target = of_seed.split.target
         plots = {
             "per_class_before": before.per_class,
             "per_class_after": after.per_class,
@@ -34,9 +36,7 @@ def block_scenario(result: BlockResult) -> Scenario:
             "feature_distance": {f"{shown.label}, {name}": layers for name, layers in after.distance.items()},
             "examples": [Example(prompt, text, after.texts[prompt]) for prompt, text in before.texts.items()],
         }
-    notes = result.notes()
-    if plots and shown is not None:
-        notes.append(f"The plots show {shown.label}, seed {next(iter(result.founds))}; distances are to the Original.")
+        notes.append(f"The plots show {shown.label}, seed {shown.seed}; distances are to the Original.")
     return Scenario(
         f"{result.name}: {result.title} ({result.short})",
         [_row(row, result.columns) for row in (*result.baselines, *result.rows)],
