@@ -71,9 +71,9 @@ def softmax_stats_kernel(
     used = kept | forgotten if HAS_SOFT else kept
     u_row = u_ptr + rows[:, None] * stride_um
 
-    # Everything is relative to `base`, the running maximum, or 0 while that is −inf: −inf − (−inf) is no number.
-    top = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
-    base = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    # Everything is relative to `base`, the running maximum. It starts below every logit but −inf, for −inf − (−inf) is no
+    # number, and from there on only rises, so that no factor overflows.
+    base = tl.full((BLOCK_M,), -1e38, dtype=tl.float32)
     total = tl.zeros((BLOCK_M,), dtype=tl.float32)
     soft_mass = tl.zeros((BLOCK_M,), dtype=tl.float32)
     soft_z = tl.zeros((BLOCK_M,), dtype=tl.float32)
@@ -84,12 +84,10 @@ def softmax_stats_kernel(
         if HAS_CAP:
             z = soft_capped(z, cap)
         z = tl.where(inside, z, float("-inf"))
-        top = tl.maximum(top, tl.max(z, axis=1))
         old = base
-        base = tl.where(top == float("-inf"), 0.0, top)
+        base = tl.maximum(base, tl.max(z, axis=1))
         z -= base[:, None]
-        # `base` only rises, but for its start at 0, before which there is nothing to scale.
-        total = total * tl.exp(tl.minimum(old - base, 0.0)) + tl.sum(tl.exp(z), axis=1)
+        total = total * tl.exp(old - base) + tl.sum(tl.exp(z), axis=1)
         if HAS_SOFT:
             wanted = forgotten[:, None] & (cols < V)[None, :]
             soft = tl.load(soft_ptr + cols[None, :] + rows[:, None] * 0, mask=wanted, other=0.0)
