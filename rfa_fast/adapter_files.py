@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from rfa_fast.files import save_tensors
+from rfa_fast.files import full_disk_as_os_error
 from rfa_fast.peft_format import RFA_ONLY, LoraSettings, Pair, from_keys, read_json, read_settings, to_keys
 
 CONFIG, WEIGHTS, RECORD = "adapter_config.json", "adapter_model.safetensors", "rfa_config.json"
@@ -70,12 +70,15 @@ def write_folder(
         FileExistsError: `folder` is a file, or holds an adapter of another base.
         OSError: a file cannot be written; what was there is untouched.
     """
+    from safetensors.torch import save_file
+
     _check_free(folder, record["base"], overwrite)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as staging:
         stage = Path(staging)
         tensors = {key: tensor.cpu().contiguous() for key, tensor in to_keys(pairs).items()}
-        save_tensors(tensors, stage / WEIGHTS, {"format": "pt"})
+        with full_disk_as_os_error(folder / WEIGHTS):
+            save_file(tensors, stage / WEIGHTS, metadata={"format": "pt"})
         (stage / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         sealed = {"format": FORMAT, **record, "files": {name: _hash(stage / name) for name in (WEIGHTS, CONFIG)}}
         (stage / RECORD).write_text(json.dumps(sealed, indent=2) + "\n", encoding="utf-8")
