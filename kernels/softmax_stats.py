@@ -71,8 +71,8 @@ def softmax_stats_kernel(
     used = kept | forgotten if HAS_SOFT else kept
     u_row = u_ptr + rows[:, None] * stride_um
 
-    # Everything is relative to `base`, the running maximum. It starts below every logit but −inf, for −inf − (−inf) is no
-    # number, and from there on only rises, so that no factor overflows.
+    # Everything is relative to `base`, the running maximum. It starts below every logit but −inf, for −inf − (−inf) is
+    # no number, and from there on only rises, so that no factor overflows.
     base = tl.full((BLOCK_M,), -1e38, dtype=tl.float32)
     total = tl.zeros((BLOCK_M,), dtype=tl.float32)
     soft_mass = tl.zeros((BLOCK_M,), dtype=tl.float32)
