@@ -19,8 +19,8 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
 
+from rfa_fast.forwards import flags_down
 from rfa_fast.groups import Batch, GroupContext
 from rfa_fast.objective import RFALoss
 
@@ -56,12 +57,12 @@ class _Mark(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         context = ctx.context
         context.replay = ctx.snapshot
-        training = _flagged(ctx.snapshot.model)
-        _set_training(training, False)
+        calm = ExitStack()
+        calm.enter_context(flags_down(ctx.snapshot.model.modules()))
 
         def over() -> None:
             context.replay = None
-            _set_training(training, True)
+            calm.close()
 
         Variable._execution_engine.queue_callback(over)
         return None, None, *grads
@@ -161,26 +162,14 @@ def _kinder(module: nn.Module, given: Any) -> Any:
             return function(run, *args, **kwargs)
 
         def calm(*args: Any, **kwargs: Any) -> Any:
-            training = _flagged(block())
-            _set_training(training, False)
-            try:
+            here = block()
+            with flags_down(() if here is None else here.modules()):
                 return run(*args, **kwargs)
-            finally:
-                _set_training(training, True)
 
         return function(calm, *args, **kwargs)
 
     _KINDER[module] = given, checkpointed
     return checkpointed
-
-
-def _flagged(model: nn.Module | None) -> list[nn.Module]:
-    return [] if model is None else [module for module in model.modules() if module.training]
-
-
-def _set_training(modules: Sequence[nn.Module], flag: bool) -> None:
-    for module in modules:
-        module.training = flag
 
 
 def _reentrant(function: Any) -> bool:

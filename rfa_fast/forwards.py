@@ -1,11 +1,11 @@
-"""A function in front of a module's `forward`, for the time of one batch.
+"""A function in front of a module's `forward`, or its train flag put down, for the time of one batch.
 
 The module keeps its class, its hooks and its parameters; what another has put there before comes back afterwards.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,3 +35,27 @@ def in_front(modules: Sequence[nn.Module], functions: Sequence[Callable[..., Any
                 object.__delattr__(module, "forward")
             else:
                 object.__setattr__(module, "forward", before)
+
+
+@contextmanager
+def flags_down(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Let modules behave as in eval mode; those that were in train mode are again afterwards.
+
+    The flag alone is changed: a module's own `train()` is not called.
+
+    Example:
+        >>> net = nn.Sequential(nn.Dropout())
+        >>> with flags_down(net.modules()):
+        ...     net.training, net[0].training
+        (False, False)
+        >>> net.training
+        True
+    """
+    training = [module for module in modules if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

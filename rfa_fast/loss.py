@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from rfa_fast.checkpointing import blocks_checkpoint, mark
 from rfa_fast.config import RFAConfig
+from rfa_fast.forwards import flags_down
 from rfa_fast.groups import Batch, GroupContext, LayerTerms, batch_of, make_batch
 from rfa_fast.head import TaskTerms, check_labels, head_aside, logits_and_task
 from rfa_fast.modules import RFALayer
@@ -175,18 +176,13 @@ def keep(layers: Mapping[str, RFALayer], context: GroupContext, means: Means, te
 @contextmanager
 def eval_behaviour(model: nn.Module) -> Iterator[None]:
     """No dropout, no batch statistics, no cache of keys and values; everything comes back as it was."""
-    training = [module for module in model.modules() if module.training]
     found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
     configs = {id(config): config for config in found if getattr(config, "use_cache", None) is True}
-    for module in training:
-        module.training = False
     for config in configs.values():
         config.use_cache = False
     try:
-        with blocks_checkpoint(model):
+        with flags_down(model.modules()), blocks_checkpoint(model):
             yield
     finally:
         for config in configs.values():
             config.use_cache = True
-        for module in training:
-            module.training = True

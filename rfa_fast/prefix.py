@@ -93,7 +93,7 @@ class Prefix:
         seen: list[Any] = []
 
         def note(_: nn.Module, __: Any, output: Any) -> None:
-            first = output[0] if isinstance(output, tuple) and output else output
+            first = _first(output)
             seen.append(weakref.ref(first) if isinstance(first, Tensor) else lambda: None)
 
         def stop(_: nn.Module, args: Any, output: Any) -> None:
@@ -171,5 +171,9 @@ def _adjacent(names: Sequence[str]) -> list[bool]:
 
 
 def _hands_over(output: Any, argument: Any) -> bool:
-    first = output[0] if isinstance(output, tuple) and output else output
+    first = _first(output)
     return isinstance(first, Tensor) and first is argument
+
+
+def _first(output: Any) -> Any:
+    return output[0] if isinstance(output, tuple) and output else output

@@ -16,12 +16,14 @@ settings are the topic's, not chosen for it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import nn
 
-from rfa_fast.data import TokenDataset, load_trivia, tokenise_qa
+from rfa_fast.data import DataBundle, TokenDataset, load_trivia, tokenise_qa
 from rfa_fast.experiments.cache import cache_folder
 from rfa_fast.experiments.common import Experiment
 from rfa_fast.experiments.comparison import Request, Settings, compare
@@ -58,26 +60,46 @@ def experiment(request: Request) -> Experiment:
         )
     per_topic, held_out = (None, HELD_OUT_OF_ALL) if True in kinds else (PER_TOPIC, HELD_OUT)
     data = load_trivia(request.data, topics=TOPICS, per_topic=per_topic, test_fraction=held_out)
-    converted = smollm2(cache_folder(request.cache))
-    tokenizer = smollm2_tokenizer(converted)
-    train, test = (tokenise_qa(part, tokenizer, TOKENS, truncate=True) for part in (data.train, data.test))
-    prompts = first_prompts(train)
+    made, tokenizer = taught("smollm2", data, partial(tokenise_qa, max_length=TOKENS, truncate=True), RECIPE, request)
+    prompts = first_prompts(made.train)  # type: ignore[arg-type]
 
     def write(model: nn.Module) -> Mapping[str, str]:
         return {prompt: generate_text(model, tokenizer, prompt, WRITTEN) for prompt in prompts}
 
-    return Experiment(
-        "smollm2",
+    return replace(made, write=write)
+
+
+def taught(
+    name: str, data: DataBundle, tokenise: Callable[[Any, Any], TokenDataset], recipe: Mapping[str, Any],
+    request: Request,
+) -> tuple[Experiment, Any]:  # fmt: skip
+    """SmolLM2-135M on the texts of a bundle, and its tokenizer; the model is converted on first use.
+
+    Args:
+        name: of the experiment.
+        data: what it is taught.
+        tokenise: a part of the data and the tokenizer -> its tokens.
+        recipe: of Original and Retrain.
+        request: which epochs and which cache.
+
+    Raises:
+        FileNotFoundError: the model is not installed; the message holds the command.
+    """
+    converted = smollm2(cache_folder(request.cache))
+    tokenizer = smollm2_tokenizer(converted)
+    train, test = (tokenise(part, tokenizer) for part in (data.train, data.test))
+    made = Experiment(
+        name,
         lambda: smollm2_model(converted),
         "SmolLM2-135M-Instruct, de-quantised from Q4_1",
         train,
         test,
         data.classes,
-        request.recipe(RECIPE),
+        request.recipe(recipe),
         kind="language",
-        write=write,
         evaluation_batch=32,
     )
+    return made, tokenizer
 
 
 def first_prompts(dataset: TokenDataset) -> list[str]:

@@ -9,11 +9,12 @@ unlearning settings are those of the trivia's topic, not chosen for it.
 
 from __future__ import annotations
 
+from functools import partial
+
 from rfa_fast.data import load_wordnet, tokenise_lm
-from rfa_fast.experiments.cache import cache_folder
 from rfa_fast.experiments.common import Experiment
 from rfa_fast.experiments.comparison import Request, Settings, compare
-from rfa_fast.experiments.models import smollm2, smollm2_model, smollm2_tokenizer
+from rfa_fast.experiments.smollm2 import taught
 from rfa_fast.report import RunReport
 
 SCENARIOS = ("class:noun.food", "sample:128")
@@ -38,20 +39,7 @@ def experiment(request: Request) -> Experiment:
         FileNotFoundError: data or model are not installed; the message holds the command.
     """
     data = load_wordnet(request.data, topics=TOPICS, per_topic=PER_TOPIC, test_fraction=HELD_OUT)
-    converted = smollm2(cache_folder(request.cache))
-    tokenizer = smollm2_tokenizer(converted)
-    train, test = (tokenise_lm(part, tokenizer, TOKENS) for part in (data.train, data.test))
-    return Experiment(
-        "wordnet-smollm2",
-        lambda: smollm2_model(converted),
-        "SmolLM2-135M-Instruct, de-quantised from Q4_1",
-        train,
-        test,
-        data.classes,
-        request.recipe(RECIPE),
-        kind="language",
-        evaluation_batch=32,
-    )
+    return taught("wordnet-smollm2", data, partial(tokenise_lm, max_length=TOKENS), RECIPE, request)[0]
 
 
 def run(request: Request) -> RunReport:

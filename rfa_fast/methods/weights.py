@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,6 +25,7 @@ from torch.func import functional_call
 
 from rfa_fast.data.collate import IGNORED_LABEL
 from rfa_fast.files import save_tensors
+from rfa_fast.forwards import flags_down
 from rfa_fast.head import predicts_next_token
 from rfa_fast.loss import eval_behaviour
 from rfa_fast.methods.base import Batch, Method
@@ -239,17 +240,9 @@ def call(model: nn.Module, inputs: Tensor | Mapping[str, Tensor]) -> object:
     return model(inputs) if isinstance(inputs, Tensor) else model(**inputs)
 
 
-@contextmanager
-def _alone(model: nn.Module) -> Iterator[None]:
+def _alone(model: nn.Module) -> AbstractContextManager[None]:
     """One sample has no variance: batch norms keep to their running statistics."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
-    for norm in norms:
-        norm.training = False
-    try:
-        yield
-    finally:
-        for norm in norms:
-            norm.training = True
+    return flags_down(m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
 
 
 @torch.no_grad()
