@@ -19,8 +19,9 @@ import torch
 from rfa_fast.experiments.cache import Say
 from rfa_fast.experiments.cells import slug
 from rfa_fast.experiments.comparison import command_line, deliver, machine
-from rfa_fast.experiments.tables.budget import Forecaster, words
+from rfa_fast.experiments.tables.budget import fit
 from rfa_fast.experiments.tables.catalogue import TABLES, TableSpec
+from rfa_fast.experiments.tables.forecast import Forecaster, words
 from rfa_fast.experiments.tables.outputs import write_files
 from rfa_fast.experiments.tables.pairs import PAIRS, Pair, find_pairs
 from rfa_fast.experiments.tables.plan import Block, Choice, Sizes, Unit, blocks_of, units_of
@@ -68,9 +69,9 @@ def quick_sizes(pairs: Sequence[Pair]) -> dict[str, Sizes]:
 
     Example:
         >>> quick_sizes([PAIRS["fashion-mnist/resnet18"]])["fashion-mnist/resnet18"]
-        Sizes(limit=3000, epochs=2, samples=300)
+        Sizes(limit=3000, epochs=2, samples=300, unlearning=None, seeds=None)
     """
-    return {pair.name: Sizes(*pair.quick[:3]) for pair in pairs}
+    return {pair.name: Sizes(*pair.quick) for pair in pairs}
 
 
 def run(
@@ -139,9 +140,11 @@ def _run(
     forecaster = Forecaster(units, choice, shop)
     if budget is not None:
         choice = replace(choice, sizes=_within_budget(forecaster, choice, budget, _abreast(jobs), output, say))
+        blocks = blocks_of(choice)
+        units = units_of(blocks, choice)
         shop = Workshop(choice, say=_unsaid, progress=progress)
         _check(units, shop)
-        forecaster.choice, forecaster.shop = choice, shop
+        forecaster.choice, forecaster.units, forecaster.shop = choice, units, shop
     for line in size_lines(choice, forecaster):
         say(line)
     estimate = forecaster.estimate()
@@ -155,6 +158,8 @@ def _run(
     if forecast_only:
         return []
     shop.say = shop.models.say = say
+    if jobs > 1:  # the longest first, so that no process is left alone with one at the end
+        units = sorted(units, key=lambda unit: -forecaster.unit_cost(unit, choice.sizes_of(unit.pair)))
     computed = compute(units, choice, jobs=jobs, say=say, progress=progress, workshop=shop)
     _save_splits(computed, output)
     reports = []
@@ -170,7 +175,7 @@ def size_lines(choice: Choice, forecaster: Forecaster) -> list[str]:
     """What is left out of each pair, a sentence each."""
     lines = []
     for (pair, _), extent in forecaster.extents.items():
-        sizes = choice.sizes.get(pair, Sizes())
+        sizes = choice.sizes_of(pair)
         parts = []
         if sizes.limit is not None:
             parts.append(f"at most {sizes.limit:,} training samples")
@@ -178,6 +183,10 @@ def size_lines(choice: Choice, forecaster: Forecaster) -> list[str]:
             parts.append(f"{sizes.epochs} epoch{'' if sizes.epochs == 1 else 's'} of Original and Retrain")
         if sizes.samples is not None:
             parts.append(f"at most {sizes.samples:,} samples measured per subset")
+        if sizes.unlearning is not None:
+            parts.append(f"at most {sizes.unlearning} epoch{'' if sizes.unlearning == 1 else 's'} of unlearning")
+        if sizes.seeds is not None and sizes.seeds < choice.seeds:
+            parts.append(f"{sizes.seeds} seed{'' if sizes.seeds == 1 else 's'} of {choice.seeds}")
         if parts:
             lines.append(f"{pair}: {', '.join(parts)}.")
         elif extent.train:
@@ -216,7 +225,7 @@ def _within_budget(
             return {pair: Sizes(**sizes) for pair, sizes in kept["sizes"].items()}
     except (OSError, ValueError, KeyError, TypeError):
         pass  # none yet, or one that cannot be read: it is chosen anew
-    sizes = forecaster.fit(budget, abreast)
+    sizes = fit(forecaster, budget, abreast)
     content = {"request": request, "sizes": {pair: asdict(size) for pair, size in sizes.items()}}
     write_atomically(path, json.dumps(content, indent=1) + "\n")
     say(f"For {words(budget)}:")
@@ -256,7 +265,10 @@ def _deliver(
 
 def _summary(results: Sequence[BlockResult], choice: Choice) -> str:
     recipes = dict.fromkeys(f"{result.block.pair.name}: {result.recipe}" for result in results)
-    seeds = f"{choice.seeds} seed{'' if choice.seeds == 1 else 's'}"
+    counts = {result.block.pair.name: choice.seeds_of(result.block.pair.name) for result in results}
+    most = max(counts.values())
+    fewer = ", ".join(f"{name} {count}" for name, count in counts.items() if count < most)
+    seeds = f"{most} seed{'' if most == 1 else 's'}" + (f" ({fewer})" if fewer else "")
     more = f", Retrain {choice.retrain_seeds}" if choice.retrain_seeds > choice.seeds else ""
     return f"{seeds}{more}. {'. '.join(recipes)}."
 

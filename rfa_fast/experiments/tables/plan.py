@@ -27,11 +27,15 @@ class Sizes:
         limit: training samples (and at most as many of the test set), evenly spaced.
         epochs: of Original and Retrain.
         samples: measured per subset.
+        unlearning: epochs of unlearning, at most.
+        seeds: at most.
     """
 
     limit: int | None = None
     epochs: int | None = None
     samples: int | None = None
+    unlearning: int | None = None
+    seeds: int | None = None
 
 
 @dataclass(frozen=True)
@@ -48,8 +52,7 @@ class Choice:
         retrain_seeds: how many Retrain has, if more.
         sizes: pair -> how much of it is used.
         repeat: how often each sample of D_f comes, for rows that do not say.
-        quick: one scenario of each kind, no more epochs of unlearning than the pair has for this, and of several
-            tables each on one pair.
+        quick: one scenario of each kind, and of several tables each on one pair.
         overrides: method or row -> options of :func:`rfa_fast.unlearn` in place of the pair's.
         validation: measure on a tenth of the training data, held out.
         autocast: `"bfloat16"`: training and unlearning compute in it where autocast does; measuring never.
@@ -77,6 +80,15 @@ class Choice:
     def numerics(self) -> dict[str, Any]:
         """What :func:`rfa_fast.methods.train` and :func:`rfa_fast.unlearn` are both told."""
         return {} if self.autocast is None else {"autocast": self.autocast}
+
+    def sizes_of(self, pair: str) -> Sizes:
+        """How much of a pair is used."""
+        return self.sizes.get(pair, Sizes())
+
+    def seeds_of(self, pair: str) -> int:
+        """How many seeds a pair has."""
+        most = self.sizes_of(pair).seeds
+        return self.seeds if most is None else min(self.seeds, most)
 
     def planned(self, row: RowSpec, epochs: int = 1) -> PlannedRow:
         """The row with what the user set for it, by its method's name and by its own."""
@@ -113,18 +125,19 @@ class PlannedRow:
     def _named(self, of_method: Mapping[str, Any], of_row: Mapping[str, Any]) -> str:
         return self.spec.identity(of_method, of_row) + (f" epochs*{self.epochs}" if self.epochs != 1 else "")
 
-    def options(self, pair: Pair, kind: str, forgotten: int, seed: int, *, quick: bool = False) -> dict[str, Any]:
+    def options(
+        self, pair: Pair, kind: str, forgotten: int, seed: int, *, most_epochs: int | None = None
+    ) -> dict[str, Any]:
         """The keyword arguments of :func:`rfa_fast.unlearn`; see :meth:`RowSpec.keywords`.
 
         Args:
             forgotten: samples in D_f, each once.
-            quick: no more epochs than the pair has for this.
+            most_epochs: of unlearning.
         """
         chosen = {**self.of_method, **self.of_row}
         found = self.spec.keywords(pair, kind, forgotten * self.spec.repeat, seed, self.epochs, chosen)
-        most = pair.quick[3]
-        if quick and most is not None and found.get("epochs", 1) > most:
-            found["epochs"] = most
+        if most_epochs is not None and found.get("epochs", 1) > most_epochs:
+            found["epochs"] = most_epochs
         return found
 
 
@@ -223,10 +236,10 @@ def units_of(blocks: Sequence[Block], choice: Choice) -> list[Unit]:
     units: list[Unit] = []
     for (name, lasting), rows_of in scenarios.items():
         metrics = measured_metrics(PAIRS[name].kind, wanted[name], only=choice.metrics is not None)
-        units += [Unit(name, seed, rows_of, metrics, lasting=lasting) for seed in range(choice.seeds)]
+        units += [Unit(name, seed, rows_of, metrics, lasting=lasting) for seed in range(choice.seeds_of(name))]
         alone = tuple(m for m in metrics if not m.startswith(("feature_", "activation_", "zrf")))
         nothing: dict[str, dict[str, PlannedRow]] = {scenario: {} for scenario in rows_of}
-        extra = range(choice.seeds, max(choice.seeds, choice.retrain_seeds))
+        extra = range(choice.seeds_of(name), choice.retrain_seeds)
         units += [Unit(name, seed, nothing, alone, retrain_only=True, lasting=lasting) for seed in extra]
     return units
 
@@ -248,7 +261,7 @@ def _own(table: TableSpec, pair: Pair, choice: Choice) -> list[str]:
     for kind in table.kinds:
         of_kind = pair.scenarios.get(kind, ())
         texts += of_kind[:1] if choice.quick else of_kind
-    limit = choice.sizes.get(pair.name, Sizes()).limit
+    limit = choice.sizes_of(pair.name).limit
     if limit is None:
         return texts
     counts = [(kind, target) for kind, _, target in (text.partition(":") for text in texts)]

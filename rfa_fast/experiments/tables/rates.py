@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -96,7 +96,7 @@ class Rates:
             return {}  # none yet, or spoilt: a forecast is not worth an error
 
 
-def passes_of(row: PlannedRow, sizes: dict[str, int], options: dict[str, object]) -> float:
+def passes_of(row: PlannedRow, sizes: Mapping[str, int], options: Mapping[str, object]) -> float:
     """How many samples an unlearning run goes through: D_f as often as it has epochs, or D_r once an epoch."""
     if row.spec.once:
         return float(int(str(options["max_steps"])) * int(str(options["forget_per_batch"])))

@@ -28,7 +28,7 @@ from rfa_fast.experiments.common import Experiment, Method, Row, ScenarioRun
 from rfa_fast.experiments.comparison import Request, scenario_split, title_of
 from rfa_fast.experiments.measuring import Measures, thinned
 from rfa_fast.experiments.tables.pairs import PAIRS
-from rfa_fast.experiments.tables.plan import Choice, Sizes, Unit
+from rfa_fast.experiments.tables.plan import Choice, Unit
 from rfa_fast.experiments.tables.rates import Rates
 
 BASELINES = ("Original", "Retrain")
@@ -94,7 +94,7 @@ class Workshop:
         group = PAIRS[pair].group(scenario)
         if (pair, seed, group) in self._experiments:
             return self._experiments[pair, seed, group]
-        sizes = self.choice.sizes.get(pair, Sizes())
+        sizes = self.choice.sizes_of(pair)
         if sizes.limit is not None and sizes.limit < SMALLEST:
             raise ValueError(f"limit: got {sizes.limit}, expected {SMALLEST} or more samples")
         request = Request(
@@ -104,7 +104,7 @@ class Workshop:
         made = PAIRS[pair].make(request)
         if (pair, group) not in self._data:
             held = made.on_validation() if self.choice.validation else made
-            self._data[pair, group] = (_spaced(held.train, sizes.limit), _spaced(held.test, sizes.limit))
+            self._data[pair, group] = (spaced(held.train, sizes.limit), spaced(held.test, sizes.limit))
         train, test = self._data[pair, group]
         name = f"{made.name}-validation" if self.choice.validation else made.name
         recipe = {**made.recipe, **self.choice.numerics}
@@ -120,7 +120,7 @@ class Workshop:
         """
         experiment = self.experiment(unit.pair, unit.seed, scenario)
         split = scenario_split(experiment, scenario, unit.seed)
-        samples = self.choice.sizes.get(unit.pair, Sizes()).samples
+        samples = self.choice.sizes_of(unit.pair).samples
         measures = Measures(unit.metrics, samples, lasting=unit.lasting)
         folder = self.choice.cache / "rows" / unit.pair.replace("/", "-")
         return ScenarioRun(
@@ -131,11 +131,11 @@ class Workshop:
     def methods(self, unit: Unit, scenario: str, run: ScenarioRun) -> dict[str, Method]:
         """Key -> the unlearning run that it stands for."""
         pair, kind = PAIRS[unit.pair], scenario.partition(":")[0]
-        forgotten = len(run.subsets["D_f"])
+        forgotten, most = len(run.subsets["D_f"]), self.choice.sizes_of(unit.pair).unlearning
         found: dict[str, Method] = {}
         names = Counter(row.name for row in unit.scenarios[scenario].values())
         for key, row in unit.scenarios[scenario].items():
-            options = row.options(pair, kind, forgotten, unit.seed, quick=self.choice.quick) | self.choice.numerics
+            options = row.options(pair, kind, forgotten, unit.seed, most_epochs=most) | self.choice.numerics
             label = row.name if names[row.name] == 1 else key
             found[key] = Method(f"seed {unit.seed} {label}", options, row.spec.repeat)
         return found
@@ -279,7 +279,7 @@ def _work(unit: Unit, choice: Choice, threads: int, progress: bool) -> dict[str,
         lines.end()
 
 
-def _spaced(dataset: Dataset[Any], limit: int | None) -> Dataset[Any]:
+def spaced(dataset: Dataset[Any], limit: int | None) -> Dataset[Any]:
     """At most `limit` samples, evenly spaced, so that data in the order of its classes keeps them all."""
     size = len(labels_of(dataset))
     return dataset if limit is None or limit >= size else Subset(dataset, thinned(range(size), limit))
