@@ -304,7 +304,7 @@ class Counted(Forecaster):
         self.choice, self.probed, self.experiments = choice, [], {}
         self.units = units_of(blocks_of(choice), choice)
         self.rates = rates or {choice.pairs[0]: {"train": 1e-3, "measure": 1e-4, "neggrad": 2e-3}}
-        forgotten = {"sample:128": 128, "class:0": train // 10}
+        forgotten = {"sample:128": 128} | dict.fromkeys(("class:0", "class:3"), train // 10)
         self.extents = {(pair, ""): Extent(train, 10_000, forgotten, 5) for pair in self.rates}
 
 
@@ -361,6 +361,20 @@ def test_a_budget_takes_sizes_that_fit_and_shrinks_what_takes_longest() -> None:
     asked = Counted(replace(choice, scenarios=("sample:128", "class:0")), train=1000)
     assert ladder(asked, pair)[-1].limit == 512  # what the user named keeps its count, and four times as many samples
     assert ladder(Counted(choice, train=1000), pair)[-1].limit == 24
+
+
+def test_the_longest_pieces_of_a_shrunk_plan_come_first() -> None:
+    pair, other = "fashion-mnist/resnet18", DIGITS
+    rates = {pair: {"train": 1e-3, "measure": 1e-4}, other: {"train": 1e-8, "measure": 1e-8}}
+    choice = Choice(("table1", "persistence"), (other, pair), seeds=2)
+    small = replace(choice, sizes={pair: Sizes(limit=200, seeds=1)})
+    forecaster = Counted(small, rates=rates)
+    assert any("sample:50" in unit.scenarios for unit in forecaster.units)  # of 128
+    ordered = [(unit.pair, unit.seed, unit.lasting) for unit in forecaster.longest_first()]
+    assert ordered[0] == (pair, 0, True)
+    assert sorted(ordered) == sorted((unit.pair, unit.seed, unit.lasting) for unit in forecaster.units)
+    costs = [forecaster.unit_cost(unit, small.sizes_of(unit.pair)) for unit in forecaster.longest_first()]
+    assert costs == sorted(costs, reverse=True)
 
 
 def test_a_budget_leaves_no_keyword_without_a_text(tmp_path: Path) -> None:

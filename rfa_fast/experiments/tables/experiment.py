@@ -158,9 +158,8 @@ def _run(
     if forecast_only:
         return []
     shop.say = shop.models.say = say
-    if jobs > 1:  # the longest first, so that no process is left alone with one at the end
-        units = sorted(units, key=lambda unit: -forecaster.unit_cost(unit, choice.sizes_of(unit.pair)))
-    computed = compute(units, choice, jobs=jobs, say=say, progress=progress, workshop=shop)
+    ordered = forecaster.longest_first() if jobs > 1 else units
+    computed = compute(ordered, choice, jobs=jobs, say=say, progress=progress, workshop=shop)
     _save_splits(computed, output)
     reports = []
     for name in choice.tables:

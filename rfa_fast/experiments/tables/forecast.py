@@ -141,6 +141,10 @@ class Forecaster:
                 seconds += self.unit_cost(replace(unit, scenarios=nothing, retrain_only=True), sizes, trained)
         return seconds
 
+    def longest_first(self) -> list[Unit]:
+        """The units by what they would take, so that no process is left alone with a long one at the end."""
+        return sorted(self.units, key=lambda unit: -self.unit_cost(unit, self.choice.sizes_of(unit.pair)))
+
     def unit_cost(self, unit: Unit, sizes: Sizes, trained: set[tuple[int, str]] | None = None) -> float:
         """Seconds of one unit; `trained`: seeds and names of models that are there, to which its own are added."""
         seconds, trained = 0.0, set() if trained is None else trained
@@ -150,10 +154,13 @@ class Forecaster:
             extent = self.extents[unit.pair, group]
             limit = extent.train if sizes.limit is None else min(sizes.limit, extent.train)
             epochs = extent.epochs if sizes.epochs is None else min(sizes.epochs, extent.epochs)
-            kind = scenario.partition(":")[0]
-            forgotten = int(extent.forgotten[scenario] * (1.0 if kind == "sample" else limit / extent.train))
-            if kind == "sample" and sizes.limit is not None and not self.choice.scenarios:
-                forgotten = min(forgotten, max(1, limit // 4))
+            kind, _, target = scenario.partition(":")
+            if kind != "sample":
+                forgotten = int(extent.forgotten[scenario] * limit / extent.train)
+            elif sizes.limit is None or self.choice.scenarios:
+                forgotten = int(target)
+            else:
+                forgotten = min(int(target), max(1, limit // 4))
             parts = {"D_f": forgotten, "D_r": limit - forgotten}
             models = {f"Retrain {scenario}": parts["D_r"]}
             if not unit.retrain_only:
