@@ -85,13 +85,13 @@ class RFAConfig:
         _check_number("vocabulary_skip", self.vocabulary_skip, minimum=0.0, maximum=0.5)
         choices = {"mode": Mode, "norm": Norm, "adapter": AdapterKind, "feature_mean": FeatureMean, "backend": Backend}
         for name, kind in choices.items():
-            _check_choice(name, getattr(self, name), get_args(kind))
+            check_choice(name, getattr(self, name), get_args(kind))
         if isinstance(self.rows, Mapping):
             for layer, rows in self.rows.items():
-                _check_choice(f"rows[{layer!r}]", rows, get_args(Rows))
+                check_choice(f"rows[{layer!r}]", rows, get_args(Rows))
             object.__setattr__(self, "rows", dict(self.rows))
         else:
-            _check_choice("rows", self.rows, get_args(Rows))
+            check_choice("rows", self.rows, get_args(Rows))
         if not isinstance(self.rslora, bool):
             raise TypeError(f"rslora: got {self.rslora!r}, expected True or False")
         if self.shift_labels not in (None, True, False):
@@ -165,7 +165,15 @@ class RFAConfig:
         return cls(**options)
 
 
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """A word among those that there are.
+
+    Raises:
+        ValueError: another; the message lists the known ones.
+
+    Example:
+        >>> check_choice("norm", "mse", ("mse", "l2"))
+    """
     if value not in choices:
         raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}")
 

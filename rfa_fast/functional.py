@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from rfa_fast.config import Backend, Norm
+from rfa_fast.config import Backend, Norm, check_choice
 from rfa_fast.kernels.conv2d_geometry import geometry, pair, resolve_padding
 from rfa_fast.objective import accumulation_dtype, check_range
 from rfa_fast.ops import backends
@@ -79,7 +79,8 @@ def rfa_linear(
         lora_a, lora_b: A `(R, K)` and B `(N, R)`, any floating dtype; cast to `x`'s for the products.
         bias: `(N,)` or `None`.
         scale: s.
-        group: int8 codes over the leading axes of `x`, or only the first: 0 retain, 1 forget, −1 ignore.
+        group: int8 codes over the leading axes of `x`, or only the first: 0 retain, 1 forget, any other
+            (−1): ignored.
         target: x̃, broadcasts against `(…, N)`, in a dtype no wider than the sums' (fp32; float64 for a float64 `x`);
             `None`: the mean of the frozen output over all retain rows.
         retain_target: x'_t of teacher mode, likewise.
@@ -190,7 +191,7 @@ def rfa_conv2d(
         bias: `(N,)` or `None`.
         scale: s.
         stride, padding, dilation, groups: as :func:`torch.nn.functional.conv2d`.
-        group: int8 `(B,)`: 0 retain, 1 forget, −1 ignore.
+        group: int8 `(B,)`: 0 retain, 1 forget; −1 and any other: ignored.
         target: x̃, broadcasts against `(B, N, H', W')`; `None`: the mean map over the retain samples.
         retain_target, norm, emit_residual, backend: as :func:`rfa_linear`.
 
@@ -205,7 +206,7 @@ def rfa_conv2d(
         torch.Size([2, 4, 3, 3])
     """
     _check_operands(x, weight, lora_a, lora_b, bias, 4)
-    _check_choice("norm", norm, ("mse", "l2"))
+    check_choice("norm", norm, ("mse", "l2"))
     outputs, per_group = weight.shape[0], weight.shape[1]
     if x.ndim != 4 or x.shape[1] != per_group * groups:
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected (B, {per_group * groups}, H, W)")
@@ -329,8 +330,8 @@ def _check_linear(
     target: Tensor | None, retain_target: Tensor | None, norm: str, unit: str,
 ) -> None:  # fmt: skip
     _check_operands(x, weight, lora_a, lora_b, bias, 2)
-    _check_choice("norm", norm, ("mse", "l2"))
-    _check_choice("unit", unit, ("row", "sample"))
+    check_choice("norm", norm, ("mse", "l2"))
+    check_choice("unit", unit, ("row", "sample"))
     if x.ndim < 1 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected (..., {weight.shape[1]}) to fit weight (N, K)")
     if tuple(lora_a.shape[1:]) != (weight.shape[1],) or tuple(lora_b.shape) != (weight.shape[0], lora_a.shape[0]):
@@ -365,11 +366,6 @@ def _check_operands(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, bias: Tenso
 def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
     if tensor.device != device:
         raise ValueError(f"{name}: got device {tensor.device}, expected x's device {device}")
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}")
 
 
 def _check_group(group: Tensor | None, leading: tuple[int, ...], device: torch.device) -> None:

@@ -21,6 +21,7 @@ def fold_into_weights(layers: Mapping[str, RFALayer], dtype: torch.dtype | None)
 
     Raises:
         FloatingPointError: an adapter holds NaN or infinity; nothing has been changed then.
+        RuntimeError: too little memory for a sum; nothing has been changed then either, unless `dtype` is a wider one.
 
     Example:
         >>> import rfa_fast
@@ -33,14 +34,16 @@ def fold_into_weights(layers: Mapping[str, RFALayer], dtype: torch.dtype | None)
         for name, layer in layers.items():
             if not bool(torch.isfinite(layer.delta_weight()).all()):
                 raise FloatingPointError(f"layer {name!r}: got NaN or infinity in its adapters, expected finite ones")
-        for name, layer in layers.items():
+        # The largest first: where its sum fits the others' do, so too little memory shows before anything has changed.
+        for name, layer in sorted(layers.items(), key=lambda item: -item[1].weight.numel()):
             change = layer.delta_weight()
             exact = layer.weight.to(change.dtype) + change
             merged = exact.to(dtype or layer.weight.dtype)
             size = float(torch.linalg.vector_norm(change))
             lost[name] = float(torch.linalg.vector_norm(merged.to(change.dtype) - exact)) / size if size else 0.0
             layer.weight.data = merged
-    return lost
+            del change, exact, merged
+    return {name: lost[name] for name in layers}
 
 
 def warn_of_rounding(layers: Mapping[str, RFALayer], lost: Mapping[str, float]) -> None:

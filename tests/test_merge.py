@@ -200,6 +200,26 @@ def test_merge_refuses_nan_and_changes_nothing() -> None:
     assert all(torch.equal(layer.weight, weight) for layer, weight in zip(net, weights, strict=True))
 
 
+def test_too_little_memory_for_the_largest_layer_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 40), nn.Linear(40, 3))
+    rfa = rfa_fast.patch(net, ["0", "1", "2"], rank=2)
+    scatter(rfa)
+    before = trace(net)
+    norm = torch.linalg.vector_norm
+
+    def limited(tensor: Tensor) -> Tensor:
+        if tensor.numel() > 150:
+            raise torch.OutOfMemoryError("no memory left")
+        return norm(tensor)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.linalg, "vector_norm", limited)
+        with pytest.raises(torch.OutOfMemoryError):
+            rfa.merge()
+    assert_same(trace(net), before)
+    assert list(rfa.merge()) == ["0", "1", "2"]
+
+
 def test_merged_model_can_be_patched_again() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)).double()

@@ -18,6 +18,7 @@ from torch.utils.data import Subset
 
 from rfa_fast.data.collate import IGNORED_LABEL
 from rfa_fast.methods.base import Batch
+from rfa_fast.metrics.passes import eval_mode, evaluating
 from rfa_fast.targets import output_embeddings
 
 
@@ -153,14 +154,8 @@ def class_count(model: nn.Module, example: tuple[Any, Tensor] | None) -> int | N
             return value
     if labels.ndim != 1 or not isinstance(inputs, Tensor):
         return None
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            output = model(inputs.to(next(model.parameters()).device))
-    finally:
-        for module, training in modes:
-            module.training = training
+    with evaluating(model):
+        output = model(inputs.to(next(model.parameters()).device))
     return output.shape[1] if isinstance(output, Tensor) and output.ndim == 2 else None
 
 
@@ -213,13 +208,8 @@ def figures(evaluate: Callable[[nn.Module], Mapping[str, float]], model: nn.Modu
     Raises:
         TypeError: it returns something else than named numbers.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    with eval_mode(model):
         found = evaluate(model)
-    finally:
-        for module, training in modes:
-            module.training = training
     if not isinstance(found, Mapping):
         raise TypeError(f"evaluate: got {type(found).__name__} from it, expected a mapping of names to numbers")
     try:

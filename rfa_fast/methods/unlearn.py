@@ -18,6 +18,7 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
+from rfa_fast.config import check_choice
 from rfa_fast.data.sampler import PerBatch
 from rfa_fast.methods import checks
 from rfa_fast.methods.badt import BadT
@@ -196,8 +197,7 @@ def unlearn(
     if resume and output_dir is None:
         raise ValueError("resume: got True without output_dir, expected output_dir=… of the run to go on with")
     check_schedule(schedule)
-    if save not in get_args(Save):
-        raise ValueError(f"save: got {save!r}, expected one of {', '.join(map(repr, get_args(Save)))}")
+    check_choice("save", save, get_args(Save))
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
     kind = _kind(method)

@@ -15,12 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, cast
+from typing import Literal, TypeAlias, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
 
-from rfa_fast.metrics.meters import check_choice
+from rfa_fast.config import check_choice
 from rfa_fast.metrics.min_k import MIN_K_DEFAULT
 from rfa_fast.metrics.predictions import Predictions
 
@@ -93,8 +93,8 @@ def membership_attack(
         >>> attack.forget_share, attack.attack_accuracy
         (0.25, 1.0)
     """
-    check_choice("classifier", classifier, Classifier)
-    check_choice("feature", feature, Feature)
+    check_choice("classifier", classifier, get_args(Classifier))
+    check_choice("feature", feature, get_args(Feature))
     _check_limit(max_samples)
     inside, outside = _feature("member", member, feature, min_k), _feature("nonmember", nonmember, feature, min_k)
     asked = _feature("forget", forget, feature, min_k)
@@ -176,7 +176,7 @@ def membership_auc(forget: Scores, test: Scores, *, feature: Feature = "entropy"
         >>> membership_auc([0.1, 0.5], [0.4, 0.9])
         0.75
     """
-    check_choice("feature", feature, Feature)
+    check_choice("feature", feature, get_args(Feature))
     return _auc(_feature("forget", forget, feature, min_k), _feature("test", test, feature, min_k))
 
 

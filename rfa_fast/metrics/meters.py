@@ -19,27 +19,12 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from rfa_fast.config import check_choice
 from rfa_fast.metrics.passes import Batch
 from rfa_fast.metrics.predictions import row_probabilities
 
 TokenReduction = Literal["mean", "text", "sum", "norm"]
 FeatureNorm = Literal["l2", "abs"]
-
-
-def check_choice(name: str, value: object, choices: object) -> None:
-    """`value` must be one of a `Literal`'s.
-
-    Raises:
-        ValueError: it is not.
-
-    Example:
-        >>> check_choice("norm", "l3", FeatureNorm)
-        Traceback (most recent call last):
-        ...
-        ValueError: norm: got 'l3', expected one of 'l2', 'abs'
-    """
-    if value not in get_args(choices):
-        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, get_args(choices)))}")
 
 
 class ActivationMeter:
@@ -53,7 +38,7 @@ class ActivationMeter:
     """
 
     def __init__(self, tokens: TokenReduction = "mean") -> None:
-        check_choice("tokens", tokens, TokenReduction)
+        check_choice("tokens", tokens, get_args(TokenReduction))
         self.tokens: TokenReduction = tokens
         self._plain = self._squared = 0.0
         self._count = 0
@@ -127,7 +112,7 @@ class FeatureMeter:
     """
 
     def __init__(self, names: Sequence[str], norm: FeatureNorm = "l2") -> None:
-        check_choice("norm", norm, FeatureNorm)
+        check_choice("norm", norm, get_args(FeatureNorm))
         self.names, self.norm = tuple(names), norm
         self.items = 0
         self._totals = dict.fromkeys(self.names, 0.0)

@@ -59,12 +59,12 @@ class Observer(Protocol):
 
 
 @contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; every module's own train flag is restored, also after an error.
+def eval_mode(*models: nn.Module) -> Iterator[None]:
+    """Eval mode; every module's own train flag is restored, also after an error.
 
     Example:
         >>> model = nn.Sequential(nn.Dropout(), nn.Linear(2, 2))
-        >>> with evaluating(model):
+        >>> with eval_mode(model):
         ...     model[0].training
         False
         >>> model[0].training
@@ -74,11 +74,24 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
     try:
         for model in models:
             model.eval()
-        with torch.no_grad():
-            yield
+        yield
     finally:
         for module, training in flags:
             module.training = training
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients, as :func:`eval_mode`.
+
+    Example:
+        >>> model = nn.Linear(2, 2)
+        >>> with evaluating(model):
+        ...     model.training, torch.is_grad_enabled()
+        (False, False)
+    """
+    with eval_mode(*models), torch.no_grad():
+        yield
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
+from rfa_fast.config import check_choice
 from rfa_fast.metrics import passes
 from rfa_fast.metrics.distance import check_called, layer_names
 from rfa_fast.metrics.kept import KeptOutputs, Outputs, Role
@@ -24,7 +26,6 @@ from rfa_fast.metrics.meters import (
     FeatureMeter,
     FeatureNorm,
     TokenReduction,
-    check_choice,
 )
 from rfa_fast.metrics.passes import Batch
 from rfa_fast.metrics.predictions import Predictions
@@ -68,8 +69,8 @@ class References:
     kept: KeptOutputs | None = None
 
     def __post_init__(self) -> None:
-        check_choice("tokens", self.tokens, TokenReduction)
-        check_choice("norm", self.norm, FeatureNorm)
+        check_choice("tokens", self.tokens, get_args(TokenReduction))
+        check_choice("norm", self.norm, get_args(FeatureNorm))
         count = self.feature_items
         if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
             raise ValueError(f"feature_items: got {count!r}, expected an integer >= 1 or None")
