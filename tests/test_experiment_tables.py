@@ -430,8 +430,9 @@ def test_what_is_measured_is_spaced_and_begins_with_the_samples_of_feature_dista
         ({"scenarios": ("class",)}, "expected class:NAME"),
         ({"pairs": ()}, "got none"),
         ({"tables": ("table4",)}, "perplexity"),
+        ({"tables": ("fig5",), "methods": ("rfa-head",)}, "rfa-head for fig5, expected rows whose layers"),
     ],
-    ids=["method", "language method", "metric", "language metric", "scenario", "no pair", "wrong data"],
+    ids=["method", "language method", "metric", "language metric", "scenario", "no pair", "wrong data", "layers"],
 )
 def test_a_plan_that_cannot_be_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -533,3 +534,14 @@ def test_a_process_among_several_says_whose_its_lines_are(
     whose = "[digits/digits-net, seed 3]"
     lines = [f"{whose} {text}" for text in ("a word", "10%", "20%", "half a line")]
     assert capsys.readouterr().err.splitlines() == lines
+
+
+def test_a_precision_set_for_one_method_is_its_own(tmp_path: Path) -> None:
+    choice = Choice(
+        ("table1",), (DIGITS,), scenarios=("class:3",), methods=("finetune", "scrub"), seeds=1, cache=tmp_path,
+        autocast="bfloat16", overrides={"scrub": {"autocast": None}},
+    )  # fmt: skip
+    (unit,) = units_of(blocks_of(choice), choice)
+    shop = runner.Workshop(choice, say=lambda text: None, progress=False)
+    methods = shop.methods(unit, "class:3", shop.scenario(unit, "class:3"))
+    assert [method.options["autocast"] for method in methods.values()] == ["bfloat16", None]

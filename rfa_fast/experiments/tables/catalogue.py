@@ -67,7 +67,7 @@ class TableSpec:
         """The rows on a pair: of the chosen ones, or of the table's own, those defined for it; of a sweep, all values.
 
         Raises:
-            ValueError: none of the chosen rows is defined for the pair's kind.
+            ValueError: none of the chosen rows is defined for the pair's kind, or one has the layers that are varied.
 
         Example:
             >>> [row.label for row in TABLES["table14"].row_specs(PAIRS["digits/digits-net"])]
@@ -81,6 +81,10 @@ class TableSpec:
         bases = [replace(row, paper=self.beside.get(row.name, row.paper)) for row in bases if pair.kind in row.kinds]
         if self.sweep is None:
             return bases
+        if self.sweep.option == "targets" and (heads := [row.name for row in bases if row.head_only]):
+            raise ValueError(
+                f"methods: got {', '.join(heads)} for {self.name}, expected rows whose layers it may choose"
+            )
         found = []
         for base in bases:
             prefix = f"{base.label}, " if len(bases) > 1 else ""

@@ -135,7 +135,7 @@ class Workshop:
         found: dict[str, Method] = {}
         names = Counter(row.name for row in unit.scenarios[scenario].values())
         for key, row in unit.scenarios[scenario].items():
-            options = row.options(pair, kind, forgotten, unit.seed, most_epochs=most) | self.choice.numerics
+            options = self.choice.numerics | row.options(pair, kind, forgotten, unit.seed, most_epochs=most)
             label = row.name if names[row.name] == 1 else key
             found[key] = Method(f"seed {unit.seed} {label}", options, row.spec.repeat)
         return found
