@@ -26,8 +26,9 @@ from rfa_fast.experiments.tables.outputs import write_files
 from rfa_fast.experiments.tables.pairs import PAIRS, Pair, find_pairs
 from rfa_fast.experiments.tables.plan import Block, Choice, Sizes, Unit, blocks_of, units_of
 from rfa_fast.experiments.tables.presence import all_missing
+from rfa_fast.experiments.tables.processes import compute
 from rfa_fast.experiments.tables.results import BlockResult, block_result, gap_summaries
-from rfa_fast.experiments.tables.runner import Found, Place, Workshop, compute
+from rfa_fast.experiments.tables.runner import Found, Place, Workshop
 from rfa_fast.experiments.tables.scenarios import block_scenario, summary_scenario
 from rfa_fast.methods import method_settings
 from rfa_fast.report import RunReport, write_atomically

@@ -21,15 +21,13 @@ from rfa_fast.experiments.common import Experiment
 from rfa_fast.experiments.comparison import scenario_split
 from rfa_fast.experiments.tables.pairs import PAIRS
 from rfa_fast.experiments.tables.plan import Choice, PlannedRow, Sizes, Unit
-from rfa_fast.experiments.tables.rates import MEASURE, TRAIN, Rates, passes_of
+from rfa_fast.experiments.tables.rates import FORWARD, TRAIN, Rates, forwards_of, passes_of
 from rfa_fast.experiments.tables.runner import BASELINES, Workshop
 from rfa_fast.methods.record import hash_model
 
 # Table XII, sample: each method's time over Finetune's, which is a training step's. RFA is counted as a full one.
 _OVER_TRAINING = {"neggrad": 1.0, "finetune": 1.0, "badt": 1.7, "scrub": 1.5, "salun": 1.2, "graddiff": 1.2, "npo": 1.5,
                   "simnpo": 1.2, "rmu": 1.2, "rfa": 1.2}  # fmt: skip
-# Measuring compares with two other models on part of the samples; what Retrain predicts is kept, texts' logits are not.
-_OVER_FORWARD = {"classification": 1.6, "language": 3.0}
 _STEPS = 3
 _EACH = 1.0  # seconds of a row that no sample counts for: the attack's classifier, files
 _MODEL = "model"  # likewise, by the model's size: its copy, its hashes, the texts it writes; noted times hold it
@@ -122,11 +120,11 @@ class Forecaster:
                     models += 1
                     kept = sizes["D_r"] + (sizes["D_f"] if label == "Original" else 0)
                     seconds += self.rates[unit.pair][TRAIN] * kept * epochs
-                each = sum(map(len, run.measured.values()))
+                forwards = forwards_of(map(len, run.measured.values()), PAIRS[unit.pair].kind)
                 unlearned = [
                     (planned[key], dict(method.options)) for key, method in methods.items() if method.label in pending
                 ]
-                seconds += self._scenario(unit, sizes, each, len(pending), unlearned)
+                seconds += self._scenario(unit, sizes, forwards, len(pending), unlearned)
         return Estimate(seconds, rows, models, finished, self.source)
 
     def cost(self, pair: str, sizes: Sizes) -> float:
@@ -167,27 +165,28 @@ class Forecaster:
                 models[f"Original {group}"] = limit
             seconds += sum(rate * n * epochs for name, n in models.items() if (unit.seed, name) not in trained)
             trained |= {(unit.seed, name) for name in models}
-            each = sum(min(n, sizes.samples or n) for n in (*parts.values(), min(extent.test, limit)))
+            counts = (*parts.values(), min(extent.test, limit))
+            forwards = forwards_of((min(n, sizes.samples or n) for n in counts), pair.kind)
             unlearned = [
                 (row, row.options(pair, kind, forgotten, 0, most_epochs=sizes.unlearning)) for row in planned.values()
             ]
             count = len(planned) + len(BASELINES[1:] if unit.retrain_only else BASELINES)
-            seconds += self._scenario(unit, parts, each, count, unlearned)
+            seconds += self._scenario(unit, parts, forwards, count, unlearned)
         return seconds
 
     def _scenario(
         self,
         unit: Unit,
         sizes: Mapping[str, int],
-        each: int,
+        forwards: float,
         count: int,
         unlearned: Sequence[tuple[PlannedRow, Mapping[str, Any]]],
     ) -> float:
-        """Seconds of `count` rows that `each` samples are measured for, some of them after unlearning."""
+        """Seconds of `count` rows, each measured in so many forwards of a sample, some of them after unlearning."""
         rates = self.rates[unit.pair]
-        of_row = _EACH + rates.get(_MODEL, 0.0) + rates[MEASURE] * each
+        of_row = _EACH + rates.get(_MODEL, 0.0) + rates[FORWARD] * forwards
         if unit.lasting:
-            of_row += rates[TRAIN] * (sizes["D_r"] + sizes["D_f"]) + rates[MEASURE] * _STATES * sizes["D_f"]
+            of_row += rates[TRAIN] * (sizes["D_r"] + sizes["D_f"]) + rates[FORWARD] * _STATES * sizes["D_f"]
         seconds = of_row * count
         for row, options in unlearned:
             usual = rates[TRAIN] * _OVER_TRAINING.get(row.spec.method, 1.5)
@@ -199,11 +198,11 @@ class Forecaster:
         noted = Rates(self.choice.cache, name, autocast=self.choice.autocast)
         keys = {row.spec.cost_key for unit in self.units if unit.pair == name
                 for rows in unit.scenarios.values() for row in rows.values()}  # fmt: skip
-        found = {key: rate for key in (TRAIN, MEASURE, *sorted(keys)) if (rate := noted.get(key)) is not None}
-        if TRAIN not in found or MEASURE not in found:
+        found = {key: rate for key in (TRAIN, FORWARD, *sorted(keys)) if (rate := noted.get(key)) is not None}
+        if TRAIN not in found or FORWARD not in found:
             self.probed.append(name)
             probed = probe(experiment)
-            if MEASURE in found:
+            if FORWARD in found:
                 del probed[_MODEL]
             found = {**probed, **found}
         return found
@@ -229,7 +228,7 @@ def probe(experiment: Experiment) -> dict[str, float]:
     predict(model, experiment.loader(Subset(few, range(min(len(few), 8)))))
     begun = time.perf_counter()
     predict(model, experiment.loader(few))
-    measuring = _OVER_FORWARD[experiment.kind] * (time.perf_counter() - begun) / len(few)
+    forward = (time.perf_counter() - begun) / len(few)
     begun = time.perf_counter()
     twin = copy.deepcopy(model)
     for _ in ("before", "after"):
@@ -239,7 +238,7 @@ def probe(experiment: Experiment) -> dict[str, float]:
     once = time.perf_counter() - begun
     return {
         TRAIN: seconds / sum(step["samples"] for step in warm),
-        MEASURE: measuring,
+        FORWARD: forward,
         _MODEL: once,
     }
 

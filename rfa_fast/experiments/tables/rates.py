@@ -1,6 +1,6 @@
 """How long things took on this machine, kept beside the rows, for the forecast of the next run.
 
-Seconds per sample and pass: of training, of unlearning by each method, of measuring. They are rough
+Seconds per sample and pass: of training, of unlearning by each method, of a forward when measuring. They are rough
 (a batch's last samples, a checkpoint, another job on the machine are all in them), which is what a forecast
 can be. With another number of threads, or in another precision, they say little: each is kept under its own.
 """
@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from rfa_fast.experiments.measuring import FEATURE_ITEMS
+from rfa_fast.experiments.tables.pairs import PAIRS
 from rfa_fast.report import write_atomically
 
 if TYPE_CHECKING:
     from rfa_fast.experiments.tables.plan import PlannedRow
     from rfa_fast.experiments.tables.runner import Found
 
-TRAIN, MEASURE = "train", "measure"
+TRAIN, FORWARD = "train", "forward"
 _WEIGHT = 0.5  # of the latest time against those before
 
 
@@ -38,13 +40,14 @@ class Rates:
         >>> import tempfile
         >>> rates = Rates(Path(tempfile.mkdtemp()), "digits/digits-net", threads=2)
         >>> rates.note("train", seconds=3.0, passes=1500)
-        >>> rates.get("train"), rates.get("measure")
+        >>> rates.get("train"), rates.get("forward")
         (0.002, None)
     """
 
     def __init__(self, cache: Path, pair: str, threads: int | None = None, autocast: str | None = None) -> None:
         self.path = cache / "rows" / pair.replace("/", "-") / "rates.json"
         count = torch.get_num_threads() if threads is None else threads
+        self._kind = PAIRS[pair].kind
         self._name = f"{count}" if autocast is None else f"{count} {autocast}"
         self._values = self._read().get(self._name, {})
         self._changed: set[str] = set()
@@ -74,7 +77,7 @@ class Rates:
         unlearning = found.rows[key].seconds
         self.note(row.spec.cost_key, unlearning, passes_of(row, found.sizes, found.options[key]))
         if seconds is not None:
-            self.note(MEASURE, seconds - unlearning, sum(found.measured.values()))
+            self.note(FORWARD, seconds - unlearning, forwards_of(found.measured.values(), self._kind))
 
     def save(self) -> None:
         """Write what was noted.
@@ -101,3 +104,16 @@ def passes_of(row: PlannedRow, sizes: Mapping[str, int], options: Mapping[str, o
     if row.spec.once:
         return float(int(str(options["max_steps"])) * int(str(options["forget_per_batch"])))
     return float(sizes["D_r"] * int(str(options.get("epochs", 1))))
+
+
+def forwards_of(measured: Iterable[int], kind: str) -> float:
+    """How many samples models go through when a row is measured on subsets of these sizes.
+
+    The row's own model on all of them; Original and Retrain where features are compared, and on texts that are
+    written throughout: what they predict otherwise is kept.
+
+    Example:
+        >>> forwards_of([100, 1000], "image"), forwards_of([100, 1000], "language")
+        (2324.0, 3300.0)
+    """
+    return float(sum(3 * n if kind == "language" else n + 2 * min(n, FEATURE_ITEMS) for n in measured))
