@@ -14,6 +14,16 @@ from typing import Literal
 _NAME = re.compile(r"(datasets/)?([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
 
 
+def is_name(text: str) -> bool:
+    """Whether a repository could be called so.
+
+    Example:
+        >>> is_name("distilbert/distilbert-base-uncased"), is_name("./my-bert")
+        (True, False)
+    """
+    return bool(_NAME.fullmatch(text)) and "--" not in text and ".." not in text
+
+
 def hub_folder(name: str) -> Path | None:
     """The folder in the hub's local cache that holds a repository's files, `None` when it is not there.
 
@@ -25,7 +35,7 @@ def hub_folder(name: str) -> Path | None:
         >>> hub_folder("nobody/has-this") is None
         True
     """
-    if not _NAME.fullmatch(name) or "--" in name or ".." in name:
+    if not is_name(name):
         return None
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError

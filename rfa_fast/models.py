@@ -29,7 +29,7 @@ import torch
 from torch import nn
 
 from rfa_fast.files import full_disk_as_os_error, save_tensors
-from rfa_fast.hub import fetch_command, hub_folder
+from rfa_fast.hub import fetch_command, hub_folder, is_name
 from rfa_fast.weights import PICKLES, READ, fill, one_line, read_state, require_safetensors, some
 from rfa_fast.weights import check_weights_file as check_weights_file
 
@@ -299,7 +299,7 @@ def _no_model(text: str) -> Exception:
         return ValueError(f"model: got {text}, a pickle, which runs code when it is read; expected {_FORMS}")
     if path.is_file():
         return ValueError(f"model: got the file {text}, expected {_FORMS}; weights alone go to weights= (--weights)")
-    known = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) and not path.suffix
+    known = is_name(text) and not path.suffix
     hint = f"; a name on the hub is found once `{fetch_command(text)}` has fetched it" if known else ""
     return FileNotFoundError(f"model: {text} is no folder here, and nothing is downloaded; expected {_FORMS}{hint}")
 

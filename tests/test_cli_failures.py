@@ -156,3 +156,73 @@ def test_run_with_other_settings_is_not_resumed(place: Path) -> None:
     assert (place / "out" / "report.json").read_bytes() == before
     run(*words, "--resume")
     assert read_record(place / "out")["training"]["steps"] == 1
+
+
+@pytest.mark.usefixtures("without_plots")
+def test_resume_without_a_run_writes_over_nothing(place: Path) -> None:
+    words = [
+        "unlearn",
+        f"{nets(place)}:build",
+        "--data",
+        "images.npz",
+        "--forget-class",
+        "1",
+        "--output",
+        "out",
+        *QUICK,
+    ]
+    (place / "out" / "model").mkdir(parents=True)
+    (place / "out" / "model" / "precious.txt").write_text("mine")
+    refused = run(*words, "--resume", code=2)
+    assert "holds no run to go on with, but model, which a new run would write over" in refused.stderr
+    assert (place / "out" / "model" / "precious.txt").read_text() == "mine"
+
+
+@pytest.mark.usefixtures("without_plots")
+def test_a_report_is_written_before_it_is_printed(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(*_: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(RunReport, "print", closed)
+    words = ["evaluate", f"{nets(place)}:build", "--data", "images.npz", "--forget-class", "1", "--no-progress"]
+    run(*words, "--output", "out", code=1)
+    assert (place / "out" / "report.json").is_file()
+    assert (place / "out" / "report.html").is_file()
+
+
+def test_a_full_disk_says_how_to_go_on(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("rfa_fast.commands.unlearn.save_model", full)
+    words = [
+        "unlearn",
+        f"{nets(place)}:build",
+        "--data",
+        "images.npz",
+        "--forget-class",
+        "1",
+        "--output",
+        "out",
+        *QUICK,
+    ]
+    ended = run(*words, code=1)
+    assert "No space left" in ended.stderr
+    assert "The state is in out; go on with" in ended.stderr
+    assert "--resume" in ended.stderr
+
+
+@pytest.mark.parametrize("command", ["evaluate", "unlearn"])
+def test_a_model_of_another_size_is_one_line(command: str, place: Path) -> None:
+    words = [f"{nets(place)}:flat", "--data", "images.npz", "--forget-class", "1", "--no-progress"]
+    refused = run(command, *words, code=2)
+    assert "cannot take a sample of images (mat1 and mat2 shapes cannot be multiplied" in refused.stderr
+    assert "--pad-to" in refused.stderr
+
+
+@pytest.mark.usefixtures("without_plots")
+def test_what_unlearn_wrote_can_be_compared_with(place: Path) -> None:
+    words = [f"{nets(place)}:build", "--data", "images.npz", "--forget-class", "1"]
+    run("unlearn", *words, "--output", "out", *QUICK)
+    run("evaluate", *words, "--against", "out/model", "--output", "both", "--no-progress")
+    assert set(figures(place / "both")) == {f"{nets(place)}:build", "out/model"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -378,3 +379,14 @@ def test_load_by_name(tmp_path) -> None:
     with pytest.raises(TypeError, match="digits: got option 'pad', expected some of pad_to, channels"):
         load("digits", pad=32)
     assert all(info.get or info.name == "digits" for info in available())
+
+
+def test_a_grey_image_of_16_bits_keeps_its_shades(tmp_path: Path) -> None:
+    ramp = (np.arange(64, dtype=np.uint16) * 1000).reshape(8, 8)
+    for split in ("a", "b"):
+        (tmp_path / split).mkdir()
+        for number in range(2):
+            Image.fromarray(ramp).save(tmp_path / split / f"{number}.png")
+    data = load_image_folder(tmp_path, size=8, normalise="none", test_fraction=0.5)
+    image, _ = data.train[0]
+    assert torch.allclose(image[0], torch.from_numpy((ramp >> 8).astype(np.float32) / 255))

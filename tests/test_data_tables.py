@@ -157,3 +157,12 @@ def test_the_hubs_cache_is_looked_at_and_nothing_is_fetched(tmp_path: Path, monk
         assert hub_folder(f"{kind}owner/name") == snapshot
     for name in ("", ".", "..", "/etc", "../x", "a/b/c", "owner--name", "package:factory", "net.pt"):
         assert hub_folder(name) is None
+
+
+def test_a_shard_that_is_missing_is_named(tmp_path: Path) -> None:
+    for number in (0, 2):
+        (tmp_path / f"train-0000{number}-of-00003.jsonl").write_text('{"text": "a", "label": 0}\n')
+    with pytest.raises(ValueError, match="got 2 of 3 files like train-00000-of-00003.jsonl, expected number 00001"):
+        find_tables(tmp_path, "train")
+    (tmp_path / "train-00001-of-00003.jsonl").write_text('{"text": "a", "label": 0}\n')
+    assert len(find_tables(tmp_path, "train")) == 3

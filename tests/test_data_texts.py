@@ -319,6 +319,16 @@ def test_a_malformed_record_is_named_by_its_line(tmp_path, suffix: str, content:
         load(file)
 
 
+def test_a_name_with_leading_zeros_is_no_index(tmp_path) -> None:
+    file = tmp_path / "mail.csv"
+    names = [f"{month:02d}" for month in range(1, 13)]
+    file.write_text("text,label\n" + "".join(f"{i} of {name},{name}\n" for name in names for i in range(2)))
+    data = load(file, classes=names, test_fraction=0.5)
+    assert data.classes == tuple(names)
+    read = dict(zip(data.train.texts, data.train.labels, strict=True))
+    assert {text.split(" of ")[1]: names[label] for text, label in read.items()} == {name: name for name in names}
+
+
 def test_records_that_are_no_text(tmp_path) -> None:
     file = tmp_path / "mail.csv"
     with pytest.raises(FileNotFoundError, match=r"mail\.csv does not exist"):

@@ -313,8 +313,19 @@ def test_what_is_measured_is_spaced_and_begins_with_the_samples_of_feature_dista
         ({"pairs": ()}, "got none"),
         ({"tables": ("table4",)}, "perplexity"),
         ({"tables": ("fig5",), "methods": ("rfa-head",)}, "rfa-head for fig5, expected rows whose layers"),
+        ({"methods": ("npo", "rfa-residual")}, "got npo for digits/digits-net, expected rows for such data"),
     ],
-    ids=["method", "language method", "metric", "language metric", "scenario", "no pair", "wrong data", "layers"],
+    ids=[
+        "method",
+        "language method",
+        "metric",
+        "language metric",
+        "scenario",
+        "no pair",
+        "wrong data",
+        "layers",
+        "one of two",
+    ],
 )
 def test_a_plan_that_cannot_be_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):

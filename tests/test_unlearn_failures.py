@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import signal
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Subset
 from unlearn_cases import LAYERS, OPTIONS, data, net, unseen
 
 import rfa_fast
@@ -222,6 +223,22 @@ BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
         ValueError, "forget: got a DataLoader with drop_last=True",
     ),
     (
+        "drop_last of a batch_sampler",
+        {"forget": DataLoader(FORGET, batch_sampler=BatchSampler(range(14), 4, True)), "retain": DataLoader(RETAIN),
+         **UNSET},
+        ValueError, "forget: got a DataLoader with drop_last=True",
+    ),
+    (
+        "sampler that leaves out", {"forget": DataLoader(FORGET, 4, sampler=range(9)), "retain": DataLoader(RETAIN),
+                                    **UNSET},
+        ValueError, "forget: got a DataLoader whose sampler gives 9 of the 14 samples",
+    ),
+    (
+        "until and rewind",
+        {"method": "scrub", "rewind": 0.5, "evaluate": lambda model: {}, "until": lambda figures: True, },
+        ValueError, "until: got a condition beside rewind",
+    ),
+    (
         "stream", {"forget": DataLoader(Stream()), "retain": DataLoader(RETAIN), **UNSET},
         ValueError, "forget: got a DataLoader over a dataset without length",
     ),
@@ -289,3 +306,15 @@ def test_labels_are_known_from_a_configuration() -> None:
         unlearn(model, texts([2], 1), Labelled(), targets=["hidden"], rank=2, progress=False)
     with pytest.raises(ValueError, match="labels: got 2 at step 1, expected 0 to 1"):
         unlearn(model, texts([2], 1), keep, targets=["hidden"], rank=2, progress=False)
+
+
+def test_epochs_that_each_draw_too_few_are_said_to_leave_samples_out() -> None:
+    forget = Subset(EVERYTHING, range(20))
+    retain = Subset(EVERYTHING, range(20, 40))
+    options = {**OPTIONS, "batch_size": 2, "forget_per_batch": 1, "epochs": 1}
+    with pytest.warns(UserWarning, match="samples to forget were drawn in an epoch, anew in each") as said:
+        unlearn(net(), Subset(EVERYTHING, range(25)), Subset(EVERYTHING, range(25, 40)), **{**options, "epochs": 2})
+    assert "at most 15 of the 25" in str(said[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        unlearn(net(), forget, retain, **{**options, "epochs": 2})

@@ -76,8 +76,8 @@ def bench(
     ] = False,
     rival: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="floor, peft, paper, finetune, or one of these with -compiled (peft-bf16 has "
-                     "bf16 adapters). Repeatable.", rich_help_panel=_WHAT, show_default=", ".join(_RIVALS))
+        typer.Option(metavar="NAME", help="floor, or peft, paper or finetune, each also with -compiled (peft-bf16 "
+                     "has bf16 adapters). Repeatable.", rich_help_panel=_WHAT, show_default=", ".join(_RIVALS))
     ] = None,
     rounds: Annotated[int, typer.Option(help="Timed steps of each.", min=1, rich_help_panel=_WHAT)] = 5,
     warmup: Annotated[
@@ -124,6 +124,8 @@ def bench(
             raise ValueError(f"--mode: got {mode!r}, expected residual or teacher")
         if config is not None:
             refuse_typed(context, ("weights", "classes"), "beside --config", "MODEL: a configuration says all there is")
+        if forecast_only:
+            refuse_typed(context, ("device", "rounds", "warmup"), "with --forecast-only", "a step that is timed")
         from rfa_fast.experiments.bench import Bench, free_bytes, sentence, size_text
         from rfa_fast.experiments.common import bar
         from rfa_fast.experiments.geometry import batches_for
@@ -172,13 +174,14 @@ def bench(
             "forecasts": {name: one.to_dict() for name, one in forecasts.items()},
             "rows": [] if forecast_only else [row.to_dict() for row in rows],
         }  # fmt: skip
+        written = None if output is None else _write(output, found)  # a closed pipe then takes nothing away
         if forecasts:
             print_forecasts(forecasts, results())
         if not forecast_only:
             print_rows(found["rows"], results())
         results().print(Text(found["sentence"]))
-        if output is not None:
-            say(f"Written to {_write(output, found)}")
+        if written is not None:
+            say(f"Written to {written}")
         if not finished:
             say(f"Interrupted; the figures are of {found['rounds']} complete rounds.")
             raise typer.Exit(INTERRUPTED)

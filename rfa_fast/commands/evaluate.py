@@ -90,6 +90,8 @@ def evaluate(
         measure = Measuring(
             prepared, eval_batch_size, eval_samples, tuple(prompt or ()), opened.tokenizer, seed, progress
         )
+        if prompt and not others:
+            raise ValueError("--prompt: got one without --against, expected a second model whose text stands beside it")
         rows: dict[str, tuple[Measured, float | None]] = {model: (measure(opened.model, model), None)}
         del opened  # one model in memory at a time
         for label, _, name in compared:

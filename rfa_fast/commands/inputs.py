@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
@@ -37,6 +38,7 @@ from rfa_fast.data import (
 from rfa_fast.experiments.common import thinned
 from rfa_fast.experiments.comparison import json_or_text
 from rfa_fast.methods import checks
+from rfa_fast.metrics import predict
 from rfa_fast.models import OpenedModel, open_model
 
 IMAGE_BATCH, TEXT_BATCH = 256, 32
@@ -81,6 +83,9 @@ class ModelRequest:
             opened = self.open(classes)
             load_adapter(opened.model, path)
             return opened
+        alone = path / "model.safetensors"  # as unlearn writes a model that has no configuration
+        if alone.is_file() and not (path / "config.json").is_file():
+            return replace(self, weights=alone).open(classes)
         return replace(self, name=name, weights=None).open(classes)
 
 
@@ -226,7 +231,24 @@ def prepare(
             name = "training" if part is data.train else "test"
             notes.append(f"{tokens.truncated} of {len(tokens)} {name} texts cut to {max_length} tokens")
     language = text and opened.task == "language"
-    return Prepared(data, split, split.named(shown[0], shown[1]), language, text, notes)
+    prepared = Prepared(data, split, split.named(shown[0], shown[1]), language, text, notes)
+    _check_takes(opened, prepared)
+    return prepared
+
+
+def _check_takes(opened: OpenedModel, prepared: Prepared) -> None:
+    """The model can be run on a sample of the data."""
+    loader = next(iter(prepared.loaders(1, 1).values()))
+    try:
+        predict(opened.model, loader)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, AssertionError, IndexError) as error:
+        why = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ValueError(
+            f"{opened.name}: cannot take a sample of {prepared.data.name} ({why}); expected data of the size and "
+            "channels that it was made for, see --pad-to, --channels and --max-length"
+        ) from error
 
 
 def _tokens(part: Any, opened: OpenedModel, max_length: int) -> TokenDataset:

@@ -135,11 +135,11 @@ def scenario(
 
 
 def finish(report: RunReport, output: Path, console: Console) -> None:
-    """Print the report and write it as JSON and as a page.
+    """Write the report as JSON and as a page, and print it: a closed pipe then takes nothing away.
 
     Raises:
         OSError: the folder cannot be written.
     """
-    report.print(console)
     places = [report.to_json(output / REPORT_JSON), report.to_html(output / REPORT_PAGE)]
+    report.print(console)
     say(f"Report: {places[0]} and {places[1]}")

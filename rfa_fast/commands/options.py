@@ -33,13 +33,15 @@ Weights = Annotated[
 ]  # fmt: skip
 Data = Annotated[
     str,
-    typer.Option(metavar="NAME|PATH", help="A data set by name (see rfa-fast info), or your own: .npz, .jsonl, .csv or "
-                 "a folder of images.", rich_help_panel=MODEL_AND_DATA, show_default=False),
+    typer.Option(metavar="NAME|PATH", help="A data set by name (see rfa-fast info), or your own: .jsonl or .csv with "
+                 "the columns text and label, .npz with the arrays x and y, or a folder of images by class. Other "
+                 "columns: --data-option text=review --data-option label=stars.", rich_help_panel=MODEL_AND_DATA,
+                 show_default=False),
 ]  # fmt: skip
 DataOption = Annotated[
     list[str] | None,
     typer.Option(metavar="KEY=VALUE", help="An option of the data's loader, such as test_fraction=0.1 or "
-                 'topics=["nasa"]. Repeatable.', rich_help_panel=MODEL_AND_DATA, show_default=False),
+                 'topics=["starwars"]. Repeatable.', rich_help_panel=MODEL_AND_DATA, show_default=False),
 ]  # fmt: skip
 PadTo = Annotated[
     int | None,

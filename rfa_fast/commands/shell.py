@@ -78,6 +78,8 @@ def reported(context: typer.Context, *, debug: bool = False, output: Path | None
             raise typer.Exit(WRONG_INPUT) from error
         except (OSError, FloatingPointError) as error:
             _failed(error, debug=debug)
+            if isinstance(error, OSError) and output is not None and (output / STATE_FILE).is_file():
+                say(f"The state is in {output}; go on with\n  {command_line(context, '--resume')}")
             raise typer.Exit(FAILED) from error
 
 

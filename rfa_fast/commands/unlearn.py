@@ -172,7 +172,7 @@ def unlearn(
     rfa-fast unlearn my_project.nets:build --weights net.safetensors \\
         --data images.npz --forget-ids requests.txt
 
-    rfa-fast unlearn ./my-llm --data trivia --forget-class nasa \\
+    rfa-fast unlearn ./my-llm --data trivia --forget-class starwars \\
         --method npo --method-option beta=0.5 --lr 1e-5
     """
     with reported(context, debug=debug, output=output):
@@ -291,10 +291,16 @@ def _distances(
 
 def _refuse_other_run(output: Path, *, resume: bool) -> None:
     """Raises FileExistsError when the folder holds something that this run would write over."""
-    if resume:
-        return
     there = RunFolder(output).found()
-    there += [name for name in (MODEL_FOLDER, SPLIT_FILE, REPORT_JSON, REPORT_PAGE) if (output / name).exists()]
+    if resume and there:
+        return
+    others = (MODEL_FOLDER, *(() if resume else (SPLIT_FILE,)), REPORT_JSON, REPORT_PAGE)
+    there += [name for name in others if (output / name).exists()]
+    if there and resume:
+        raise FileExistsError(
+            f"--output: {output} holds no run to go on with, but {', '.join(there)}, which a new run would write over; "
+            "expected the folder of an unlearning run, or an empty or new one"
+        )
     if there:
         raise FileExistsError(
             f"--output: {output} already holds a run (found {', '.join(there)}); expected an empty or new folder. Say "

@@ -157,7 +157,12 @@ def _decode(file: Path, size: int) -> Tensor:
 
     try:
         with Image.open(file) as image:
-            fitted = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BILINEAR)
+            whole: Image.Image = image
+            if image.mode.startswith("I;16"):  # Pillow would clip them at 255
+                whole = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
+            elif image.mode in ("I", "F"):
+                raise ValueError(f"mode {image.mode!r}, whose range is not known")
+            fitted = ImageOps.fit(whole.convert("RGB"), (size, size), Image.Resampling.BILINEAR)
     except FileNotFoundError:
         raise
     except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises on a damaged file

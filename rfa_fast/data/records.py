@@ -22,8 +22,10 @@ from rfa_fast.data.sources import read_text
 from rfa_fast.data.splits import stratified_split
 from rfa_fast.data.tables import json_lines
 
+_OTHERS = "other names are given with text= and label= (--data-option text=…)"
+
 # A .csv knows texts only.
-INTEGER = re.compile(r"[+-]?[0-9]+")
+INTEGER = re.compile(r"[+-]?(0|[1-9][0-9]*)")  # 01 is a name
 
 
 class Record(NamedTuple):
@@ -132,7 +134,8 @@ def _jsonl(path: Path, content: str, text: str, label: str) -> list[Record]:
     for number, values in json_lines(path, content):
         for name in (text, label):
             if name not in values:
-                raise ValueError(f"{path}, line {number}: got fields {', '.join(values)}, expected {name!r} among them")
+                got = ", ".join(values)
+                raise ValueError(f"{path}, line {number}: got fields {got}, expected {name!r} among them; {_OTHERS}")
         if not isinstance(values[text], str):
             raise ValueError(f"{path}, line {number}: {text}: got {values[text]!r}, expected a string")
         if isinstance(values[label], bool) or not isinstance(values[label], int | str):
@@ -157,7 +160,8 @@ def _csv(path: Path, content: str, text: str, label: str) -> list[Record]:
     header = [name.strip() for name in rows[0][1]]
     for name in (text, label):
         if header.count(name) != 1:
-            raise ValueError(f"{path}, line {rows[0][0]}: got columns {', '.join(header)}, expected one {name!r}")
+            got = ", ".join(header)
+            raise ValueError(f"{path}, line {rows[0][0]}: got columns {got}, expected one {name!r}; {_OTHERS}")
     at_text, at_label = header.index(text), header.index(label)
     for line, row in rows[1:]:
         if len(row) != len(header):

@@ -195,8 +195,22 @@ def find_tables(folder: Path, *names: str) -> list[Path]:
                 )
             ]
             if found:
+                _check_shards(found)
                 return found
     return []
+
+
+def _check_shards(files: Sequence[Path]) -> None:
+    """Of files that say which of how many they are, none is missing."""
+    numbered = [(path, match) for path in files if (match := re.search(r"-(\d+)-of-(\d+)", path.name))]
+    for path, match in numbered:
+        count = int(match[2])
+        there = {int(m[1]) for p, m in numbered if m[2] == match[2] and p.parent == path.parent}
+        if missing := sorted(set(range(count)) - there):
+            raise ValueError(
+                f"{path.parent}: got {len(there)} of {count} files like {path.name}, expected number {missing[0]:05d} "
+                "too; fetch the data again"
+            )
 
 
 def suffix_of(path: Path) -> str | None:

@@ -44,8 +44,9 @@ def load_bbc_news(
 ) -> DataBundle:
     """BBC News: articles of 2004 and 2005 in five topics.
 
-    Of articles whose first 600 characters agree only the first is kept (2,113 of 2,225), else an
-    article to be forgotten would live on in its copy.
+    Of articles whose first 600 characters agree, headline included, only the first is kept (2,113 of 2,225), else an
+    article to be forgotten would live on in its copy. Copies under another headline stay: 46 pairs have nine tenths
+    of their word trigrams in common, 13 of them across training and test set (fraction 0.2, seed 0).
 
     Args:
         root: folder with a folder of .txt files per topic; else `$RFA_FAST_DATA/bbc-news`, else the

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, DistributedSampler, Subset
 
 from rfa_fast.data.collate import IGNORED_LABEL, collate, collate_mixed, collate_text
 from rfa_fast.data.datasets import MixedDataset, ids_of, size_of
@@ -166,11 +166,18 @@ class LoaderSource(BatchSource):
         device: torch.device,
         forget_epochs: frozenset[int] = frozenset(),
     ) -> None:
-        if forget.drop_last:
+        if forget.drop_last or getattr(forget.batch_sampler, "drop_last", False):
             raise ValueError(
                 "forget: got a DataLoader with drop_last=True, which leaves samples out that the deletion record "
                 "would list; expected drop_last=False"
             )
+        if isinstance(forget.sampler, Sized) and not isinstance(forget.sampler, DistributedSampler):
+            drawn, there = len(forget.sampler), len(forget.dataset) if isinstance(forget.dataset, Sized) else 0
+            if drawn < there:
+                raise ValueError(
+                    f"forget: got a DataLoader whose sampler gives {drawn} of the {there} samples, all of which the "
+                    "deletion record would list; expected all of them: give it a Subset of those to forget"
+                )
         try:
             self.forget_ids = ids_of(forget.dataset)
         except TypeError as error:

@@ -8,6 +8,7 @@ and there is nothing left to restore, an error that says so.
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -214,6 +215,17 @@ class Run:
                 "some were never seen; raise epochs or forget_per_batch",
                 stacklevel=4,
             )
+        elif using and len(loop.history) == state.step and self.settings.get("data") != "loaders":
+            draws = Counter[int]()
+            for record in loop.history:
+                draws[record["epoch"] - 1] += record["forget"]
+            most = max(draws[epoch] for epoch in using)
+            if most < len(self.source.forget_ids):  # each epoch draws in an order of its own
+                warnings.warn(
+                    f"unlearn: at most {most} of the {len(self.source.forget_ids)} samples to forget were drawn in an "
+                    "epoch, anew in each: some may never have been seen; raise forget_per_batch",
+                    stacklevel=4,
+                )
         ids = self.source.retain_ids
         record = build_record(
             method=method.name,

@@ -201,6 +201,8 @@ def unlearn(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
     kind = _kind(method)
+    if until is not None and options.get("rewind") is not None:
+        raise ValueError("until: got a condition beside rewind, which goes back to weights that it did not stop at")
     place = checks.device_of(model, device)
     with isolated_generators(place):
         method_settings = kind.settings(options)

@@ -42,6 +42,9 @@ def build_nan():
     net.fc.weight.data[0] = float("nan")
     return net
 
+def flat():
+    return nn.Sequential(nn.Flatten(), nn.Linear(100, 3))
+
 def broken():
     raise RuntimeError("a defect")
 

@@ -214,6 +214,12 @@ def blocks_of(choice: Choice) -> list[Block]:
             f"tables: {', '.join(choice.tables)} has no scenario for {', '.join(choice.pairs)}, expected other data or "
             "--scenario"
         )
+    shown = {row.spec.base or row.spec.name for block in found for row in block.rows}
+    if left := [row.name for row in chosen or () if row.name not in shown]:
+        raise ValueError(
+            f"methods: got {', '.join(left)} for {', '.join(choice.pairs)}, expected rows for such data; --list has "
+            "them all"
+        )
     _check_overrides(found, choice.overrides)
     return found
 
@@ -302,6 +308,19 @@ def _check_overrides(blocks: Sequence[Block], overrides: Mapping[str, Mapping[st
             tables = ", ".join(dict.fromkeys(block.table.name for block, _ in meant))
             values = ", ".join(dict.fromkeys(repr(row.options[key]) for _, row in meant))
             raise ValueError(f"{got}, expected another option: {tables} varies {key} itself ({values})")
+
+
+def idle_settings(blocks: Sequence[Block], overrides: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What the user set for methods and rows that the plan does not have, `"scrub.lr"`.
+
+    Example:
+        >>> choice = Choice(("table14",), ("digits/digits-net",), overrides={"scrub": {"lr": 1e-4}})
+        >>> idle_settings(blocks_of(choice), choice.overrides)
+        ['scrub.lr']
+    """
+    here = {name for block in blocks for row in block.rows
+            for name in (row.spec.method, row.spec.base or row.spec.name)}  # fmt: skip
+    return [f"{place}.{key}" for place, of in overrides.items() if place not in here for key in of]
 
 
 def _metrics(table: TableSpec, pair: Pair, choice: Choice) -> tuple[str, ...]:
