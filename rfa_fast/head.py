@@ -98,7 +98,8 @@ def logits_and_task(
         else:
             with standing_aside(head) as seen:
                 output = _logits(_run(model, inputs))
-            hidden = output if len(seen) == 1 and output is seen[0] else None
+            untouched = len(seen) == 1 and output is seen[0][0] and _version(output) == seen[0][1]
+            hidden = output if untouched else None
         if hidden is not None:
             return _fused(head, hidden, labels, batch, context, fallback, shift)
         context.head_stands_aside = False
@@ -133,7 +134,8 @@ def output_layer(model: nn.Module, context: GroupContext) -> nn.Linear | None:
     if not isinstance(head, nn.Linear):
         return None
     if not isinstance(head, RFALayer):
-        return head
+        own = type(head).forward is not nn.Linear.forward or "forward" in head.__dict__
+        return None if own and not context.head_is_aside else head
     return head if head.adapter == "lora" and context.config.mode == "residual" and context.enabled else None
 
 
@@ -229,8 +231,8 @@ def _logits(output: object) -> Tensor:
 
 
 @contextmanager
-def standing_aside(head: nn.Linear) -> Iterator[list[Tensor]]:
-    """Let a head hand its input through, and note what it got (but not under torch.compile).
+def standing_aside(head: nn.Linear) -> Iterator[list[tuple[Tensor, int | None]]]:
+    """Let a head hand its input through, and note what it got and in which version (but not under torch.compile).
 
     Example:
         >>> head = nn.Linear(3, 5)
@@ -238,15 +240,20 @@ def standing_aside(head: nn.Linear) -> Iterator[list[Tensor]]:
         ...     head(torch.zeros(1, 3)).shape
         torch.Size([1, 3])
     """
-    captured: list[Tensor] = []
+    captured: list[tuple[Tensor, int | None]] = []
 
     def pass_through(hidden: Tensor) -> Tensor:
         if not torch.compiler.is_compiling():
-            captured.append(hidden)
+            captured.append((hidden, _version(hidden)))
         return hidden
 
     with in_front([head], [pass_through]):
         yield captured
+
+
+def _version(tensor: Tensor) -> int | None:
+    """How often a tensor was written into; `None` in inference mode, which does not count."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def _token_rows(labels: Tensor, batch: Batch, shift: bool) -> tuple[Tensor, Tensor]:

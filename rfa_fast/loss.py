@@ -169,8 +169,23 @@ def remembered(layers: Mapping[str, RFALayer]) -> dict[str, tuple[Tensor, Tensor
 def keep(layers: Mapping[str, RFALayer], context: GroupContext, means: Means, terms: Mapping[str, LayerTerms]) -> None:
     """The batch is good: keep its means for batches without retain samples, and its terms for who asks."""
     for name, (mean, known) in means.items():
-        layers[name].feature_mean, layers[name].feature_mean_known = mean.detach(), known
+        layers[name].feature_mean, layers[name].feature_mean_known = plain(mean.detach()), plain(known)
     context.losses = {name: LayerTerms(t.retain.detach(), t.forget.detach()) for name, t in terms.items()}
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """One that autograd takes: a copy of what was computed in inference mode.
+
+    Example:
+        >>> with torch.inference_mode():
+        ...     mean = torch.zeros(2)
+        >>> mean.is_inference(), plain(mean).is_inference()
+        (True, False)
+    """
+    if torch.compiler.is_compiling() or not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False):
+        return tensor.clone()
 
 
 @contextmanager

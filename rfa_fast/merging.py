@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from contextlib import ExitStack
 
 import torch
 
 from rfa_fast.modules import RFALayer
+from rfa_fast.ops.rows import without_autocast
 
 
 def fold_into_weights(layers: Mapping[str, RFALayer], dtype: torch.dtype | None) -> dict[str, float]:
@@ -30,7 +32,10 @@ def fold_into_weights(layers: Mapping[str, RFALayer], dtype: torch.dtype | None)
         {'0': 0.0}
     """
     lost: dict[str, float] = {}
-    with torch.no_grad():
+    kinds = {layer.weight.device.type for layer in layers.values()}
+    with torch.no_grad(), ExitStack() as stack:
+        for kind in kinds:
+            stack.enter_context(without_autocast(kind))
         for name, layer in layers.items():
             if not bool(torch.isfinite(layer.delta_weight()).all()):
                 raise FloatingPointError(f"layer {name!r}: got NaN or infinity in its adapters, expected finite ones")

@@ -8,7 +8,7 @@ tied head) is remembered in the handle and undone by `merge` and `remove`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -242,17 +242,15 @@ class RFA:
         tokens_by_input = getattr(self.model, "main_input_name", None) == "input_ids"
         by_token = token_units(self.config, tokens_by_input or (valid is not None and valid.ndim == 2))
         batch = make_batch(forget, valid, device=self._device(), token_units=by_token)
-        hook = None
-        if self.config.mode == "teacher":
-            hook = self.model.register_forward_pre_hook(self._before_student, with_kwargs=True)
-        try:
-            with self._one_batch(batch), self._prefix.shared(self._context):
-                self._context.begin(batch, remembered(self.layers))
-                yield
-        finally:
-            self._context.end()
-            if hook is not None:
-                hook.remove()
+        with ExitStack() as stack:
+            if self.config.mode == "teacher":
+                hook = self.model.register_forward_pre_hook(self._before_student, with_kwargs=True)
+                stack.callback(hook.remove)
+            stack.enter_context(self._one_batch(batch))
+            stack.enter_context(self._prefix.shared(self._context))
+            stack.callback(self._context.end)
+            self._context.begin(batch, remembered(self.layers))
+            yield
 
     def alignment_loss(self) -> Tensor:
         """γ/m · eq. 4 of the forward that ran inside :meth:`groups`; a 0-dim tensor.

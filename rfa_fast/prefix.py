@@ -22,6 +22,9 @@ from torch import Tensor, nn
 from rfa_fast.forwards import in_front
 from rfa_fast.groups import GroupContext
 
+# In place of an output: the block ran behind an adapted layer, whatever the order they are registered in.
+_LATE = object()
+
 
 class _Done(Exception):
     """The prefix has returned."""
@@ -56,9 +59,14 @@ class Prefix:
             names.append(block)
         self.names = tuple(names)
         self._blocks = [model.get_submodule(name) for name in names]
+        self._adapted = [model.get_submodule(name) for name in adapted]
         self.adjacent = all(_adjacent(names)[1:])
         self._runs = _adjacent(names)
         self._functions: tuple[list[Any], list[Callable[..., Any]]] = [], []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the functions in front of the blocks: those of a copy are its own."""
+        return {**self.__dict__, "_functions": ([], [])}
 
     @contextmanager
     def shared(self, context: GroupContext) -> Iterator[None]:
@@ -87,7 +95,7 @@ class Prefix:
 
         Raises:
             TypeError: a last block that returns more than one tensor.
-            ValueError: a model that keeps what an earlier block returned.
+            ValueError: a model that keeps what an earlier block returned, or runs an adapted layer before the last.
         """
         returned: list[Any] = []
         seen: list[Any] = []
@@ -107,7 +115,14 @@ class Prefix:
             returned.append(output)
             raise _Done
 
+        def early(*_: Any) -> None:
+            raise ValueError(
+                f"cache_prefix: got a model that runs an adapted layer before block {self.names[-1]!r}, expected all "
+                "of the frozen blocks to come first; take the cache off"
+            )
+
         hooks = [block.register_forward_hook(note) for block in self._blocks[:-1]]
+        hooks += [layer.register_forward_pre_hook(early) for layer in self._adapted]
         hooks.append(self._blocks[-1].register_forward_hook(stop))
         try:
             with torch.no_grad():
@@ -140,7 +155,11 @@ class Prefix:
             if not context.recording:
                 if not context.enabled or not kept:  # the original model itself, or a forward it did not run before
                     return original(*args, **kwargs)
-                return kept[self._owner(index, kept)]
+                found = kept[self._owner(index, kept)]
+                return original(*args, **kwargs) if found is _LATE else found
+            if context.teacher:
+                kept[index] = _LATE
+                return original(*args, **kwargs)
             # What goes straight into the next block of the same list is not needed a second time, unless somebody else
             # holds it as well. A compiled graph frees what it does not read by itself.
             compiled = torch.compiler.is_compiling()

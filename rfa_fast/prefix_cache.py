@@ -180,10 +180,8 @@ def sample_keys(inputs: Inputs, size: int) -> list[str]:
         if isinstance(value, Tensor) and value.ndim and value.shape[0] == size:
             rows.append(value.detach().to("cpu").contiguous())
             shared.update(f"{name} {value.dtype} {tuple(value.shape[1:])};".encode())
-        elif isinstance(value, Tensor):
-            shared.update(f"{name} {value.dtype} {tuple(value.shape)};".encode() + _bytes(value))
         else:
-            shared.update(f"{name} {value!r};".encode())
+            _update(shared, name, value)
     keys = []
     for index in range(size):
         own = shared.copy()
@@ -191,6 +189,31 @@ def sample_keys(inputs: Inputs, size: int) -> list[str]:
             own.update(_bytes(value[index]))
         keys.append(own.hexdigest()[:32])
     return keys
+
+
+def _update(digest: Any, name: str, value: object) -> None:
+    """Add a value by its content.
+
+    Raises:
+        TypeError: one whose content cannot be told.
+    """
+    if isinstance(value, Tensor):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)};".encode() + _bytes(value))
+    elif isinstance(value, Mapping):
+        digest.update(f"{name} {len(value)};".encode())
+        for key, one in value.items():
+            _update(digest, f"{name}.{key}", one)
+    elif isinstance(value, list | tuple):
+        digest.update(f"{name} {len(value)};".encode())
+        for index, one in enumerate(value):
+            _update(digest, f"{name}.{index}", one)
+    elif value is None or isinstance(value, bool | int | float | str | torch.dtype | torch.device):
+        digest.update(f"{name} {value!r};".encode())
+    else:
+        raise TypeError(
+            f"cache_prefix: got {type(value).__name__} for {name!r}, expected tensors, numbers, texts, and lists or "
+            "dictionaries of such: what the prefix returned is found again by its inputs; take the cache off"
+        )
 
 
 def fingerprint(model: nn.Module, *what: object) -> str:

@@ -65,6 +65,10 @@ class Teacher:
         self._layers: list[nn.Linear] = [model.get_submodule(name) for name in self.names]  # type: ignore[misc]
         self._functions: list[Any] = []
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the functions in front of the layers: those of a copy are its own."""
+        return {**self.__dict__, "_functions": []}
+
     @contextmanager
     def retain_alone(self, context: GroupContext, batch: Batch) -> Iterator[None]:
         """Let the original model's layers skip the samples of a batch that are not needed, where it says which are.

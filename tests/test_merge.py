@@ -326,3 +326,17 @@ def test_merge_keeps_the_parameter_objects() -> None:
     held: list[Tensor] = optimizer.param_groups[0]["params"]
     assert held[0] is net[0].weight
     assert held[0].requires_grad
+
+
+def test_merge_inside_autocast_sums_in_fp32() -> None:
+    def merged(enabled: bool) -> Tensor:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(16, 8))
+        rfa = rfa_fast.patch(net, ["0"], rank=2, seed=0)
+        scatter(rfa)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            rfa.merge()
+        weight: Tensor = net[0].weight
+        return weight
+
+    assert torch.equal(merged(True), merged(False))

@@ -252,3 +252,90 @@ def test_keys_follow_the_content():
     assert sample_keys({"input_ids": ids.int(), "attention_mask": mask}, 2)[0] != one[0]
     assert sample_keys({"input_ids": ids, "attention_mask": mask, "scale": torch.ones(1)}, 2)[0] != one[0]
     assert sample_keys({"input_ids": ids[1:], "attention_mask": mask[1:]}, 1) == one[1:]
+
+
+class Late(nn.Module):
+    """Registers the blocks of its way up before the one in the middle, as a U-Net does."""
+
+    def __init__(self):
+        super().__init__()
+        self.downs = nn.ModuleList(nn.Linear(5, 5) for _ in range(2))
+        self.ups = nn.ModuleList(nn.Linear(5, 5) for _ in range(2))
+        self.bottleneck = nn.Linear(5, 5)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x):
+        for layer in self.downs:
+            x = torch.tanh(layer(x))
+        x = torch.tanh(self.bottleneck(x))
+        for layer in self.ups:
+            x = torch.tanh(layer(x))
+        return self.head(x)
+
+
+def late(mode):
+    torch.manual_seed(0)
+    net = Late().double()
+    rfa = rfa_fast.patch(net, ["bottleneck"], rank=2, mode=mode, seed=0)
+    with torch.no_grad():
+        for parameter in rfa.parameters():
+            parameter += 0.5 * torch.randn_like(parameter)
+    return net, rfa
+
+
+def test_a_block_that_runs_behind_an_adapted_layer_runs_again_for_the_student():
+    net, rfa = late("teacher")
+    assert "ups.0" in rfa._prefix.names  # by the order they are registered in
+    x, labels = torch.randn(6, 5, dtype=torch.double), torch.tensor([0, 1, 2, 0, 1, 2])
+    forget = torch.tensor([False, False, False, False, True, True])
+    found = rfa.loss(x, labels, forget)
+    expected = nn.functional.cross_entropy(net(x)[:4], labels[:4])
+    assert found.retain_task.item() == pytest.approx(expected.item(), rel=1e-12)
+    found.task.backward()
+    assert all(float(p.grad.norm()) > 0 for p in rfa.parameters())
+
+
+class Stemmed(nn.Module):
+    """Registers what runs first behind its blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers, self.stem = nn.ModuleList(nn.Linear(5, 5) for _ in range(3)), nn.Linear(5, 5)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x
+
+
+def test_a_cache_is_refused_where_an_adapted_layer_runs_before_the_blocks():
+    rfa = rfa_fast.patch(Stemmed(), ["stem"], rank=2, seed=0)
+    step = compile_step(rfa, torch.optim.SGD(rfa.parameters(), 0.1), cache_prefix=True, backend="eager")
+    with pytest.raises(ValueError, match=r"runs an adapted layer before block 'layers\.2'"):
+        step(torch.randn(4, 5), torch.tensor([0, 1, 2, 0]), torch.tensor([False, False, False, True]))
+
+
+def test_keys_of_lists_tell_tensors_apart_that_differ_in_the_middle():
+    one, other = torch.zeros(64, 64), torch.zeros(64, 64)
+    other[32, 32] = 1.0
+    keys = [sample_keys({"images": [image], "x": torch.ones(2, 1)}, 2) for image in (one, other, one.clone())]
+    assert keys[0] == keys[2] != keys[1]
+    with pytest.raises(TypeError, match="got object for 'thing', expected tensors"):
+        sample_keys({"thing": object(), "x": torch.ones(2, 1)}, 2)
+
+
+def test_a_copy_made_after_a_loss_runs_its_own_blocks():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3))
+    rfa = rfa_fast.patch(net, ["2"], rank=2, mode="teacher", seed=0)
+    x, labels, forget = torch.randn(4, 4), torch.tensor([0, 1, 2, 0]), torch.tensor([False, False, True, True])
+    rfa.loss(x, labels, forget)
+    twin = copy.deepcopy(rfa)
+    with torch.no_grad():
+        twin.model[0].weight.add_(1.0)
+    fresh = copy.deepcopy(rfa_fast.patch(nn.Sequential(*[nn.Linear(4, 4) for _ in range(3)], nn.Linear(4, 3)), ["2"],
+                                         rank=2, mode="teacher", seed=0))  # fmt: skip
+    fresh.model.load_state_dict(twin.model.state_dict())
+    assert twin.loss(x, labels, forget).total.item() == pytest.approx(fresh.loss(x, labels, forget).total.item())
+    assert twin.loss(x, labels, forget).total.item() != pytest.approx(rfa.loss(x, labels, forget).total.item())
