@@ -21,7 +21,7 @@ from rfa_fast.functional import HeadLoss, rfa_head_loss
 from rfa_fast.groups import Batch, GroupContext
 from rfa_fast.modules import RFALayer
 from rfa_fast.objective import FORGET, IGNORE, IGNORED_LABEL, RETAIN, TaskSums, check_range, mean_prediction, task_sums
-from rfa_fast.targets import output_embeddings
+from rfa_fast.targets import inherits_forward, output_embeddings
 
 
 @dataclass(frozen=True)
@@ -134,8 +134,8 @@ def output_layer(model: nn.Module, context: GroupContext) -> nn.Linear | None:
     if not isinstance(head, nn.Linear):
         return None
     if not isinstance(head, RFALayer):
-        own = type(head).forward is not nn.Linear.forward or "forward" in head.__dict__
-        return None if own and not context.head_is_aside else head
+        plain = context.head_is_aside or (inherits_forward(type(head), nn.Linear) and "forward" not in head.__dict__)
+        return head if plain else None
     return head if head.adapter == "lora" and context.config.mode == "residual" and context.enabled else None
 
 

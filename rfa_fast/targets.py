@@ -265,7 +265,7 @@ class _Obstacles:
             )
         if isinstance(parent, nn.TransformerEncoderLayer):
             return "nn.TransformerEncoderLayer reads it by a functional call on its fast path"
-        if base is not None and not _inherits_forward(type(module), base):
+        if base is not None and not inherits_forward(type(module), base):
             return f"{type(module).__name__} has a forward of its own: the low-rank branch would not see the same input"
         if "forward" in module.__dict__:
             return "its forward was replaced on the instance (by a hook of another library): unwrap the model first"
@@ -331,7 +331,13 @@ def _looks_adaptable(module: nn.Module) -> bool:
     )
 
 
-def _inherits_forward(cls: type[nn.Module], base: type[nn.Module]) -> bool:
+def inherits_forward(cls: type[nn.Module], base: type[nn.Module]) -> bool:
+    """Whether a class computes what its base does.
+
+    Example:
+        >>> inherits_forward(nn.modules.linear.NonDynamicallyQuantizableLinear, nn.Linear)
+        True
+    """
     return cls.forward is base.forward and getattr(cls, "_conv_forward", None) is getattr(base, "_conv_forward", None)
 
 

@@ -158,22 +158,17 @@ def test_run_with_other_settings_is_not_resumed(place: Path) -> None:
     assert read_record(place / "out")["training"]["steps"] == 1
 
 
+def into_out(place: Path) -> list[str]:
+    """A short run into the folder `out`."""
+    rest = ["--data", "images.npz", "--forget-class", "1", "--output", "out"]
+    return ["unlearn", f"{nets(place)}:build", *rest, *QUICK]
+
+
 @pytest.mark.usefixtures("without_plots")
 def test_resume_without_a_run_writes_over_nothing(place: Path) -> None:
-    words = [
-        "unlearn",
-        f"{nets(place)}:build",
-        "--data",
-        "images.npz",
-        "--forget-class",
-        "1",
-        "--output",
-        "out",
-        *QUICK,
-    ]
     (place / "out" / "model").mkdir(parents=True)
     (place / "out" / "model" / "precious.txt").write_text("mine")
-    refused = run(*words, "--resume", code=2)
+    refused = run(*into_out(place), "--resume", code=2)
     assert "holds no run to go on with, but model, which a new run would write over" in refused.stderr
     assert (place / "out" / "model" / "precious.txt").read_text() == "mine"
 
@@ -195,18 +190,7 @@ def test_a_full_disk_says_how_to_go_on(place: Path, monkeypatch: pytest.MonkeyPa
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("rfa_fast.commands.unlearn.save_model", full)
-    words = [
-        "unlearn",
-        f"{nets(place)}:build",
-        "--data",
-        "images.npz",
-        "--forget-class",
-        "1",
-        "--output",
-        "out",
-        *QUICK,
-    ]
-    ended = run(*words, code=1)
+    ended = run(*into_out(place), code=1)
     assert "No space left" in ended.stderr
     assert "The state is in out; go on with" in ended.stderr
     assert "--resume" in ended.stderr

@@ -79,7 +79,7 @@ def reported(context: typer.Context, *, debug: bool = False, output: Path | None
         except (OSError, FloatingPointError) as error:
             _failed(error, debug=debug)
             if isinstance(error, OSError) and output is not None and (output / STATE_FILE).is_file():
-                say(f"The state is in {output}; go on with\n  {command_line(context, '--resume')}")
+                say(_way_on(context, output))
             raise typer.Exit(FAILED) from error
 
 
@@ -95,7 +95,11 @@ def _interrupted(context: typer.Context, error: KeyboardInterrupt, output: Path 
         say("Interrupted; nothing was written that a run could go on from.")
         return
     step = f" after step {error.step}" if isinstance(error, UnlearnInterrupted) else ""
-    say(f"Interrupted{step}. The state is in {output}; go on with\n  {command_line(context, '--resume')}")
+    say(f"Interrupted{step}. {_way_on(context, output)}")
+
+
+def _way_on(context: typer.Context, output: Path) -> str:
+    return f"The state is in {output}; go on with\n  {command_line(context, '--resume')}"
 
 
 def _in_options(text: str) -> str:

@@ -208,24 +208,23 @@ class Run:
             stop.at_once = False
         options = self.settings["options"]
         using = {epoch for epoch in range(self.options.epochs) if method.uses_forget(options, epoch)}
-        drawn = sum(record["forget"] for record in loop.history if record["epoch"] - 1 in using)
-        if using and len(loop.history) == state.step and drawn < len(self.source.forget_ids):
+        draws = Counter[int]()
+        for step in loop.history:
+            draws[step["epoch"] - 1] += step["forget"]
+        drawn, count = sum(draws[epoch] for epoch in using), len(self.source.forget_ids)
+        known = bool(using) and len(loop.history) == state.step
+        if known and drawn < count:
             warnings.warn(
-                f"unlearn: {drawn} forget samples were drawn, fewer than the {len(self.source.forget_ids)} to forget: "
+                f"unlearn: {drawn} forget samples were drawn, fewer than the {count} to forget: "
                 "some were never seen; raise epochs or forget_per_batch",
                 stacklevel=4,
             )
-        elif using and len(loop.history) == state.step and self.settings.get("data") != "loaders":
-            draws = Counter[int]()
-            for record in loop.history:
-                draws[record["epoch"] - 1] += record["forget"]
-            most = max(draws[epoch] for epoch in using)
-            if most < len(self.source.forget_ids):  # each epoch draws in an order of its own
-                warnings.warn(
-                    f"unlearn: at most {most} of the {len(self.source.forget_ids)} samples to forget were drawn in an "
-                    "epoch, anew in each: some may never have been seen; raise forget_per_batch",
-                    stacklevel=4,
-                )
+        elif known and self.settings["data"] != "loaders" and (most := max(draws[epoch] for epoch in using)) < count:
+            warnings.warn(  # each epoch draws in an order of its own
+                f"unlearn: at most {most} of the {count} samples to forget were drawn in an epoch, anew in each: some "
+                "may never have been seen; raise forget_per_batch",
+                stacklevel=4,
+            )
         ids = self.source.retain_ids
         record = build_record(
             method=method.name,

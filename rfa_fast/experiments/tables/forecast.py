@@ -20,9 +20,9 @@ from rfa_fast.experiments.cache import labels_of
 from rfa_fast.experiments.common import Experiment
 from rfa_fast.experiments.comparison import scenario_split
 from rfa_fast.experiments.tables.pairs import PAIRS
-from rfa_fast.experiments.tables.plan import Choice, PlannedRow, Sizes, Unit
+from rfa_fast.experiments.tables.plan import Choice, PlannedRow, Sizes, Unit, counted
 from rfa_fast.experiments.tables.rates import FORWARD, TRAIN, Rates, forwards_of, passes_of
-from rfa_fast.experiments.tables.runner import BASELINES, Workshop
+from rfa_fast.experiments.tables.runner import Workshop
 from rfa_fast.methods.record import hash_model
 
 # Table XII, sample: each method's time over Finetune's, which is a training step's. RFA is counted as a full one.
@@ -107,9 +107,8 @@ class Forecaster:
             for scenario, planned in unit.scenarios.items():
                 run = self.shop.scenario(unit, scenario)
                 methods = self.shop.methods(unit, scenario, run)
-                baselines = BASELINES[1:] if unit.retrain_only else BASELINES
-                pending, missing = run.pending(baselines, list(methods.values()))
-                rows, finished = rows + len(pending), finished + len(baselines) + len(methods) - len(pending)
+                pending, missing = run.pending(unit.baselines, list(methods.values()))
+                rows, finished = rows + len(pending), finished + len(unit.baselines) + len(methods) - len(pending)
                 sizes = {name: len(subset) for name, subset in run.subsets.items()}
                 epochs = int(run.experiment.recipe["epochs"])
                 for label in missing:
@@ -130,7 +129,7 @@ class Forecaster:
     def cost(self, pair: str, sizes: Sizes) -> float:
         """Seconds that the plan's rows of a pair would take at these sizes if nothing were finished."""
         seconds, trained = 0.0, set[tuple[int, str]]()
-        seeds = self.choice.seeds if sizes.seeds is None else min(sizes.seeds, self.choice.seeds)
+        seeds = self.choice.seeds_at(sizes)
         for unit in self.units:
             if unit.pair == pair and unit.seed < seeds:
                 seconds += self.unit_cost(unit, sizes, trained)
@@ -158,7 +157,7 @@ class Forecaster:
             elif sizes.limit is None or self.choice.scenarios:
                 forgotten = int(target)
             else:
-                forgotten = min(int(target), max(1, limit // 4))
+                forgotten = counted(int(target), limit)
             parts = {"D_f": forgotten, "D_r": limit - forgotten}
             models = {f"Retrain {scenario}": parts["D_r"]}
             if not unit.retrain_only:
@@ -170,7 +169,7 @@ class Forecaster:
             unlearned = [
                 (row, row.options(pair, kind, forgotten, 0, most_epochs=sizes.unlearning)) for row in planned.values()
             ]
-            count = len(planned) + len(BASELINES[1:] if unit.retrain_only else BASELINES)
+            count = len(planned) + len(unit.baselines)
             seconds += self._scenario(unit, parts, forwards, count, unlearned)
         return seconds
 

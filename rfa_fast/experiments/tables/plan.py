@@ -87,8 +87,11 @@ class Choice:
 
     def seeds_of(self, pair: str) -> int:
         """How many seeds a pair has."""
-        most = self.sizes_of(pair).seeds
-        return self.seeds if most is None else min(self.seeds, most)
+        return self.seeds_at(self.sizes_of(pair))
+
+    def seeds_at(self, sizes: Sizes) -> int:
+        """How many a pair of these sizes would have."""
+        return self.seeds if sizes.seeds is None else min(self.seeds, sizes.seeds)
 
     def planned(self, row: RowSpec, epochs: int = 1) -> PlannedRow:
         """The row with what the user set for it, by its method's name and by its own."""
@@ -182,6 +185,11 @@ class Unit:
     retrain_only: bool = False
     lasting: bool = False
 
+    @property
+    def baselines(self) -> tuple[str, ...]:
+        """The trained models that it measures."""
+        return ("Retrain",) if self.retrain_only else ("Original", "Retrain")
+
 
 def blocks_of(choice: Choice) -> list[Block]:
     """The blocks of all tables, in the order shown.
@@ -271,8 +279,18 @@ def _own(table: TableSpec, pair: Pair, choice: Choice) -> list[str]:
     if limit is None:
         return texts
     counts = [(kind, target) for kind, _, target in (text.partition(":") for text in texts)]
-    return [f"{kind}:{min(int(target), max(1, limit // 4))}" if kind == "sample" else f"{kind}:{target}"
+    return [f"{kind}:{counted(int(target), limit)}" if kind == "sample" else f"{kind}:{target}"
             for kind, target in counts]  # fmt: skip
+
+
+def counted(asked: int, limit: int) -> int:
+    """How many samples are forgotten of `limit`: those asked for, but no more than a quarter.
+
+    Example:
+        >>> counted(128, 4000), counted(128, 200)
+        (128, 50)
+    """
+    return min(asked, max(1, limit // 4))
 
 
 def _check_here(chosen: tuple[RowSpec, ...] | None) -> None:

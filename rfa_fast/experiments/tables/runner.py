@@ -24,7 +24,6 @@ from rfa_fast.experiments.tables.pairs import PAIRS
 from rfa_fast.experiments.tables.plan import Choice, Unit
 from rfa_fast.experiments.tables.rates import Rates
 
-BASELINES = ("Original", "Retrain")
 SMALLEST = 2
 
 
@@ -147,8 +146,7 @@ class Workshop:
             {name: len(subset) for name, subset in run.measured.items()}, dict(run.experiment.recipe),
             {key: dict(method.options) for key, method in methods.items()}, title_of(run.split),
         )  # fmt: skip
-        baselines = BASELINES[1:] if unit.retrain_only else BASELINES
-        for label in baselines:
+        for label in unit.baselines:
             found.rows[label] = run.baseline(label)  # type: ignore[arg-type]
         rates.note_training(found, run.trained_here())
         for key, method in methods.items():
