@@ -1,4 +1,4 @@
-"""A function in front of a module's `forward`, or its train flag put down, for the time of one batch.
+"""How modules run for the time of one batch: with a function in front of `forward`, with the train flag put down.
 
 The module keeps its class, its hooks and its parameters; what another has put there before comes back afterwards.
 """
@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
 @contextmanager
@@ -59,3 +60,16 @@ def flags_down(modules: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def batch_statistics(model: nn.Module) -> str | None:
+    """Name of the first batch norm that takes its statistics from the batch in eval mode too, if there is one.
+
+    With such a layer what a sample gives depends on the other samples of its batch.
+
+    Example:
+        >>> batch_statistics(nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2, track_running_stats=False)))
+        '1'
+    """
+    norms = ((name, m) for name, m in model.named_modules() if isinstance(m, _BatchNorm))
+    return next((name for name, norm in norms if norm.running_mean is None), None)

@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import math
 import warnings
-import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -177,7 +176,6 @@ class GroupContext:
     reported: tuple[Batch, Mapping[str, tuple[Tensor, Tensor]]] | None = None
     prefix_output: Tensor | None = None
     prefix_outputs: dict[int, Any] = field(default_factory=dict)
-    handed_over: dict[int, tuple[Callable[[], Tensor | None], Any]] = field(default_factory=dict)
     expects_gradient: bool = False
     checkpointed: bool = False
     replay: object | None = None
@@ -203,21 +201,7 @@ class GroupContext:
     def clear(self) -> None:
         """Drop what the layers reported: a finished batch must keep neither features nor a graph alive."""
         self.teacher, self.terms, self.calls, self.means = {}, {}, {}, {}
-        self.reported, self.prefix_outputs, self.handed_over = None, {}, {}
-
-    def hand_over(self, index: int) -> None:
-        """Let go of what a block of the prefix returned; a tensor, or a tuple that begins with one."""
-        output = self.prefix_outputs.pop(index)
-        first, rest = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
-        self.handed_over[index] = weakref.ref(first), rest
-
-    def keep_what_is_held(self) -> None:
-        """Behind the prefix: what is still there of what was handed over is read by the model later on."""
-        for index, (reference, rest) in self.handed_over.items():
-            first = reference()
-            if first is not None:
-                self.prefix_outputs[index] = first if rest is None else (first, *rest)
-        self.handed_over = {}
+        self.reported, self.prefix_outputs = None, {}
 
     def note_retain(self, batch: Batch) -> None:
         """Say so once if there is nothing to align with yet, where asking costs no device synchronisation."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from rfa_fast.forwards import in_front
 from rfa_fast.functional import HeadLoss, rfa_head_loss
 from rfa_fast.groups import Batch, GroupContext
+from rfa_fast.handed import version
 from rfa_fast.modules import RFALayer
 from rfa_fast.objective import FORGET, IGNORE, IGNORED_LABEL, RETAIN, TaskSums, check_range, mean_prediction, task_sums
 from rfa_fast.targets import inherits_forward, output_embeddings
@@ -98,7 +99,7 @@ def logits_and_task(
         else:
             with standing_aside(head) as seen:
                 output = _logits(_run(model, inputs))
-            untouched = len(seen) == 1 and output is seen[0][0] and _version(output) == seen[0][1]
+            untouched = len(seen) == 1 and output is seen[0][0] and version(output) == seen[0][1]
             hidden = output if untouched else None
         if hidden is not None:
             return _fused(head, hidden, labels, batch, context, fallback, shift)
@@ -244,16 +245,11 @@ def standing_aside(head: nn.Linear) -> Iterator[list[tuple[Tensor, int | None]]]
 
     def pass_through(hidden: Tensor) -> Tensor:
         if not torch.compiler.is_compiling():
-            captured.append((hidden, _version(hidden)))
+            captured.append((hidden, version(hidden)))
         return hidden
 
     with in_front([head], [pass_through]):
         yield captured
-
-
-def _version(tensor: Tensor) -> int | None:
-    """How often a tensor was written into; `None` in inference mode, which does not count."""
-    return None if tensor.is_inference() else tensor._version
 
 
 def _token_rows(labels: Tensor, batch: Batch, shift: bool) -> tuple[Tensor, Tensor]:

@@ -65,8 +65,6 @@ class RFALayer(nn.Module):
         """y = x' + Δ; with a batch under way, also hand the alignment terms to the context."""
         context = self.rfa_context
         if context.recording:
-            if context.handed_over:
-                context.keep_what_is_held()
             feature = self._original(x, context)
             context.calls[self.rfa_name] = context.calls.get(self.rfa_name, 0) + 1
             context.teacher[self.rfa_name] = feature

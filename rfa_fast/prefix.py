@@ -11,6 +11,7 @@ its `forward` for the time of one batch; its class, its hooks and its parameters
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,12 +19,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from rfa_fast.forwards import in_front
 from rfa_fast.groups import GroupContext
-
-# In place of an output: the block ran behind an adapted layer, whatever the order they are registered in.
-_LATE = object()
+from rfa_fast.handed import Handed, given, send, version
 
 
 class _Done(Exception):
@@ -60,9 +60,8 @@ class Prefix:
         self.names = tuple(names)
         self._blocks = [model.get_submodule(name) for name in names]
         self._adapted = [model.get_submodule(name) for name in adapted]
-        self.adjacent = all(_adjacent(names)[1:])
-        self._runs = _adjacent(names)
         self._functions: tuple[list[Any], list[Callable[..., Any]]] = [], []
+        self._overwritten = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the functions in front of the blocks: those of a copy are its own."""
@@ -95,25 +94,16 @@ class Prefix:
 
         Raises:
             TypeError: a last block that returns more than one tensor.
-            ValueError: a model that keeps what an earlier block returned, or runs an adapted layer before the last.
+            ValueError: a model that reads what an earlier block returned, or runs an adapted layer before the last.
         """
         returned: list[Any] = []
-        seen: list[Any] = []
+        handed: dict[str, weakref.ref[Tensor]] = {}
 
-        def note(_: nn.Module, __: Any, output: Any) -> None:
-            first = _first(output)
-            seen.append(weakref.ref(first) if isinstance(first, Tensor) else lambda: None)
-
-        def stop(_: nn.Module, args: Any, output: Any) -> None:
-            given = args[0] if args else None
-            for name, found in zip(self.names, seen, strict=False):
-                if found() is not None and found() is not given:
-                    raise ValueError(
-                        f"cache_prefix: got a model that keeps the output of block {name!r} for later, expected "
-                        "one that reads that of the last block alone; take the cache off"
-                    )
-            returned.append(output)
-            raise _Done
+        def reads(name: str) -> None:
+            raise ValueError(
+                f"cache_prefix: got a model that reads the output of block {name!r} itself, expected one that hands it "
+                "on to the next block and reads that of the last alone; take the cache off"
+            )
 
         def early(*_: Any) -> None:
             raise ValueError(
@@ -121,11 +111,27 @@ class Prefix:
                 "of the frozen blocks to come first; take the cache off"
             )
 
-        hooks = [block.register_forward_hook(note) for block in self._blocks[:-1]]
-        hooks += [layer.register_forward_pre_hook(early) for layer in self._adapted]
-        hooks.append(self._blocks[-1].register_forward_hook(stop))
+        def running(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                output = original(*given(args), **given(kwargs))
+                if name != self.names[-1]:
+                    output, first = send(output, functools.partial(reads, name))
+                    if first is not None:
+                        handed[name] = weakref.ref(first)
+                    return output
+                for other, reference in handed.items():
+                    held = reference()
+                    if held is not None and all(held is not one for one in (*args, *kwargs.values())):
+                        reads(other)
+                returned.append(output)
+                raise _Done
+
+            return forward
+
+        functions = [running(name, block.forward) for name, block in zip(self.names, self._blocks, strict=True)]
+        hooks = [layer.register_forward_pre_hook(early) for layer in self._adapted]
         try:
-            with torch.no_grad():
+            with in_front(self._blocks, functions), torch.no_grad():
                 model(inputs) if isinstance(inputs, Tensor) else model(**inputs)
         except _Done:
             pass
@@ -150,49 +156,72 @@ class Prefix:
             yield
 
     def _answering(self, index: int, original: Callable[..., Any], context: GroupContext) -> Callable[..., Any]:
+        last = index == len(self._blocks) - 1
+
         def forward(*args: Any, **kwargs: Any) -> Any:
-            kept = context.prefix_outputs
             if not context.recording:
-                if not context.enabled or not kept:  # the original model itself, or a forward it did not run before
+                if context.enabled and isinstance(context.prefix_outputs.get(index), _Kept):
+                    context.prefix_outputs = self._answers(context.prefix_outputs)
+                # Nothing: the original model itself, a forward that it did not run before, or a late block.
+                if not context.enabled or index not in context.prefix_outputs:
                     return original(*args, **kwargs)
-                found = kept[self._owner(index, kept)]
-                return original(*args, **kwargs) if found is _LATE else found
-            if context.teacher:
-                kept[index] = _LATE
+                return context.prefix_outputs[index]
+            # Behind an adapted layer, whatever the order they are registered in: its output is the original model's.
+            if context.teacher or self._overwritten:
                 return original(*args, **kwargs)
-            # What goes straight into the next block of the same list is not needed a second time, unless somebody else
-            # holds it as well. A compiled graph frees what it does not read by itself.
-            compiled = torch.compiler.is_compiling()
-            if not compiled and self._runs[index] and args and _hands_over(kept.get(index - 1), args[0]):
-                context.hand_over(index - 1)
-            kept[index] = original(*args, **kwargs)
-            return kept[index]
+            output = original(*given(args), **given(kwargs))
+            if torch.compiler.is_compiling():  # the graph frees by itself what nobody reads
+                context.prefix_outputs[index] = output
+                return output
+            kept = context.prefix_outputs[index] = _Kept(output)
+            return output if last else kept.send(self.names[index])
 
         return forward
 
-    def _owner(self, index: int, kept: dict[int, Any]) -> int:
-        """The block whose output stands for block `index`'s: its own, or the one that took it over."""
-        while index not in kept:
-            index += 1
-        return index
+    def _answers(self, kept: dict[int, Any]) -> dict[int, Any]:
+        """What the blocks answer the adapted model: nothing where the original one wrote into an output.
+
+        Such a model runs its prefix twice, in the batches to come as well.
+        """
+        self._overwritten = any(block.overwritten() for block in kept.values())
+        return {} if self._overwritten else {index: block.answer() for index, block in kept.items()}
 
 
-def _adjacent(names: Sequence[str]) -> list[bool]:
-    """Whether a block directly follows the one before it in one list."""
-    flags = []
-    for index, name in enumerate(names):
-        parent, _, key = name.rpartition(".")
-        other, _, before = names[index - 1].rpartition(".") if index else ("", "", "")
-        flags.append(
-            bool(index) and parent == other and key.isdigit() and before.isdigit() and int(key) == int(before) + 1
-        )
-    return flags
+class _Kept:
+    """What is kept of a block's output, from the original model's forward to the adapted one's.
+
+    Of one that is handed on to the next block, as most are, it is what the model does with it besides: the output once
+    it has been read, and else the rest of a tuple that begins with it.
+    """
+
+    def __init__(self, output: Any) -> None:
+        self._output = output
+        self._versions = [version(tensor) for tensor in _tensors(output)]
+
+    def send(self, name: str) -> Any:
+        """The output as the model gets it, which from now on is kept only when it is read."""
+
+        def late() -> None:
+            raise ValueError(
+                f"block {name!r}: got its output read in the adapted model's forward but not in the original's, which "
+                "ran without gradient; expected the same of both: pass targets that begin with the first block"
+            )
+
+        output = self._output
+        sent, first = send(output, lambda: setattr(self, "_output", output))
+        if first is not None:
+            self._output, _ = send(output, late, blank=True)
+        return sent
+
+    def overwritten(self) -> bool:
+        """Whether the model wrote into what is kept."""
+        now = [None if isinstance(tensor, Handed) else version(tensor) for tensor in _tensors(self._output)]
+        return any(new is not None and new != old for new, old in zip(now, self._versions, strict=True))
+
+    def answer(self) -> Any:
+        """What the block returns to the adapted model."""
+        return self._output
 
 
-def _hands_over(output: Any, argument: Any) -> bool:
-    first = _first(output)
-    return isinstance(first, Tensor) and first is argument
-
-
-def _first(output: Any) -> Any:
-    return output[0] if isinstance(output, tuple) and output else output
+def _tensors(output: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]

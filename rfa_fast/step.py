@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from rfa_fast.compiler import compiler_settings
+from rfa_fast.forwards import batch_statistics
 from rfa_fast.groups import Batch, WholeBatch
 from rfa_fast.head import head_aside, labelled_rows, standing_aside
 from rfa_fast.loss import Evaluation, Inputs, evaluate, prepare, remembered
@@ -69,7 +70,8 @@ def compile_step(
             accelerator the error comes with the next call, because asking at once would wait for the device.
         cache_prefix: keep what the frozen prefix (all blocks before the first adapted one) returns for a sample, for
             the next epoch: a :class:`rfa_fast.prefix_cache.PrefixCache` with its budget, in memory or on disk, or
-            `True` for 1 GiB of memory. For inputs that come again as they were; augmented ones are refused.
+            `True` for 1 GiB of memory. For inputs that come again as they were; augmented ones are refused, and
+            so is a model that reads the output of an earlier block itself.
         compile: `False` runs the same step uncompiled, which is what to look at when in doubt.
         backend: of :func:`torch.compile`.
 
@@ -113,10 +115,15 @@ def compile_step(
     if cache is not None:
         if not isinstance(cache, PrefixCache):
             raise TypeError(f"cache_prefix: got {type(cache).__name__}, expected a PrefixCache, True or False")
-        if not rfa._prefix.names or not rfa._prefix.adjacent:
+        if not rfa._prefix.names:
             raise ValueError(
-                "cache_prefix: got True for a model whose first block is adapted, or whose blocks before that are not "
-                "one list; expected targets such as 'deep', which leave a frozen prefix"
+                "cache_prefix: got True for a model whose first block is adapted, expected targets such as 'deep', "
+                "which leave a frozen prefix"
+            )
+        if (norm := batch_statistics(rfa.model)) is not None:
+            raise ValueError(
+                f"cache_prefix: got a model whose batch norm {norm!r} takes its statistics from the batch, expected "
+                "outputs of a sample that do not depend on the others"
             )
         cache.open(rfa.model, rfa._prefix.names, autocast)
     options = (accumulate, max_norm, scheduler, scaler, autocast, nonfinite, cache, compile, backend)

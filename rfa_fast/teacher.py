@@ -16,9 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from rfa_fast.forwards import in_front
+from rfa_fast.forwards import batch_statistics, in_front
 from rfa_fast.groups import Batch, GroupContext
 from rfa_fast.head import standing_aside
 from rfa_fast.modules import RFALayer
@@ -60,8 +59,7 @@ class Teacher:
             name for name, module in inside.items() if type(module) is nn.Linear and not sequence_first(model, name)
         )
         adapted = any(isinstance(m, RFALayer) and m.rfa_original_class is nn.Linear for m in inside.values())
-        mixes = any(isinstance(m, _BatchNorm) and m.running_mean is None for m in model.modules())
-        self.saves = (bool(self.names) or adapted) and not mixes
+        self.saves = (bool(self.names) or adapted) and batch_statistics(model) is None
         self._layers: list[nn.Linear] = [model.get_submodule(name) for name in self.names]  # type: ignore[misc]
         self._functions: list[Any] = []
 

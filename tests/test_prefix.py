@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import warnings
+import weakref
 
 import pytest
 import torch
 from step_cases import TinyBlocks, batches, tiny_language_model
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torchvision.models import resnet18
 
 import rfa_fast
 from rfa_fast.prefix import Prefix
@@ -57,17 +59,34 @@ def test_teacher_mode_runs_it_once():
 class Averaged(nn.Module):
     """Reads what every one of its blocks returned, as a weighted sum of layers does."""
 
-    def __init__(self, blocks, as_tuple):
+    def __init__(self, blocks, as_tuple, how="kept"):
         super().__init__()
         self.layers, self.head = nn.ModuleList(Single(as_tuple) for _ in range(blocks)), nn.Linear(5, 3)
+        self.how = how
 
     def forward(self, x):
+        if self.how != "kept":
+            return self.head(self.summed(x))
         seen = ()
         for layer in self.layers:
             out = layer(x)
             x = out[0] if isinstance(out, tuple) else out
             seen = (*seen, x)
         return self.head(sum(seen))
+
+    def summed(self, x):
+        total = torch.zeros_like(x)
+        for layer in self.layers:
+            out = layer(x)
+            x = out[0] if isinstance(out, tuple) else out
+            if self.how == "let go":
+                total = total + x
+            elif self.how == "by the entry":
+                total = total + x[:, :1].numpy().max() if not x.requires_grad else total + x[:, :1].max()
+            else:
+                x += 1.0
+                total = x
+        return total
 
 
 class Single(nn.Module):
@@ -81,11 +100,12 @@ class Single(nn.Module):
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("as_tuple", [False, True], ids=["tensor", "tuple"])
+@pytest.mark.parametrize("how", ["kept", "let go", "by the entry", "written into"])
 @pytest.mark.parametrize("blocks", [2, 3, 5])
-def test_teacher_mode_of_a_model_that_reads_every_block(blocks, as_tuple, compiled):
+def test_teacher_mode_of_a_model_that_reads_every_block(blocks, how, as_tuple, compiled):
     torch._dynamo.reset()
     torch.manual_seed(0)
-    model, last = Averaged(blocks, as_tuple), f"layers.{blocks - 1}.up"
+    model, last = Averaged(blocks, as_tuple, how), f"layers.{blocks - 1}.up"
     other = copy.deepcopy(model)
     batch = torch.randn(6, 5), torch.arange(6) % 3, torch.arange(6) < 2
     losses = []
@@ -101,11 +121,39 @@ def test_teacher_mode_of_a_model_that_reads_every_block(blocks, as_tuple, compil
         assert torch.allclose(a, b, rtol=1e-6)
 
 
-def test_a_model_that_reads_every_block_has_no_use_for_a_cache():
-    rfa = rfa_fast.patch(Averaged(5, False), ["layers.4.up"], rank=2, seed=0)
+@pytest.mark.parametrize("how", ["kept", "let go", "written into"])
+def test_a_model_that_reads_every_block_has_no_use_for_a_cache(how):
+    rfa = rfa_fast.patch(Averaged(5, False, how), ["layers.4.up"], rank=2, seed=0)
     step = compile_step(rfa, torch.optim.SGD(rfa.parameters(), lr=0.1), cache_prefix=True, compile=False)
-    with pytest.raises(ValueError, match="keeps the output of block 'layers.0' for later"):
+    with pytest.raises(ValueError, match=r"reads the output of block 'layers\.0' itself"):
         step(torch.randn(6, 5), torch.arange(6) % 3, torch.arange(6) < 2)
+
+
+def test_of_what_is_handed_on_nothing_is_kept():
+    net = nn.Sequential(*(nn.Linear(4, 4) for _ in range(5)))
+    rfa = rfa_fast.patch(net, ["4"], rank=2, mode="teacher")
+    outputs, alive = [], []
+    net[1].register_forward_pre_hook(lambda _, args: outputs.append(weakref.ref(args[0])))
+    net[4].register_forward_pre_hook(lambda *_: alive.append(outputs[-1]() is not None))
+    rfa.loss(torch.randn(6, 4), torch.arange(6) % 3, torch.arange(6) < 2)
+    assert alive == [False, True]  # the adapted model's blocks hand on an empty one
+
+
+class Once(nn.Sequential):
+    """Reads what lies between its blocks in the adapted model's forward alone."""
+
+    def forward(self, x):
+        for block in self:
+            x = block(x)
+            if torch.is_grad_enabled():
+                x.sum()
+        return x
+
+
+def test_an_output_that_only_the_adapted_model_reads_is_said():
+    rfa = rfa_fast.patch(Once(*(nn.Linear(4, 4) for _ in range(3))), ["2"], rank=2, mode="teacher")
+    with pytest.raises(ValueError, match="block '0': got its output read in the adapted model's forward but not"):
+        rfa.loss(torch.randn(6, 4), torch.arange(6) % 3, torch.arange(6) < 2)
 
 
 def test_a_compiled_step_runs_it_once_as_well():
@@ -185,6 +233,27 @@ def test_a_cache_of_another_prefix_is_refused(change, where, tmp_path):
         stepping(cache if folder is None else PrefixCache(folder=folder), **{"targets": ["5"], **others[change]})
 
 
+@pytest.mark.parametrize("mode", ["residual", "teacher"])
+def test_a_cache_of_blocks_in_several_lists(mode):
+    torch.manual_seed(0)
+    steps, models = [], []
+    first = resnet18(num_classes=3)
+    for option in (False, True):
+        models.append(copy.deepcopy(first).train())
+        rfa = rfa_fast.patch(models[-1], r"layer4\.1\.conv2|fc", rank=2, seed=0, mode=mode)
+        assert rfa._prefix.names[-2:] == ("layer3.1", "layer4.0")
+        steps.append(compile_step(rfa, torch.optim.SGD(rfa.parameters(), 0.1), cache_prefix=option, compile=False))
+    calls = []
+    models[1].layer4[0].conv1.register_forward_hook(lambda *_: calls.append(len(calls)))
+    seen = [(torch.randn(n, 3, 32, 32), torch.arange(n) % 3, torch.arange(n) < 2) for n in (4, 3)]
+    for batch in (*seen, *seen):
+        for a, b in zip(*(step(*batch) for step in steps), strict=True):
+            assert torch.allclose(a, b, rtol=1e-5)
+    assert steps[1].cache.hits == 7
+    assert len(calls) == 2
+    assert all(torch.equal(buffer, models[1].get_buffer(name)) for name, buffer in first.named_buffers())
+
+
 def test_compiled_with_a_cache():
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("eager")
@@ -240,6 +309,10 @@ def test_what_cannot_be_cached():
     optimizer = torch.optim.SGD(rfa.parameters(), lr=0.1)
     with pytest.raises(ValueError, match="cache_prefix: got True for a model whose first block is adapted"):
         compile_step(rfa, optimizer, cache_prefix=True)
+    mixing = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, track_running_stats=False), nn.Linear(4, 3))
+    mixed = rfa_fast.patch(mixing, ["2"], rank=2)
+    with pytest.raises(ValueError, match="cache_prefix: got a model whose batch norm '1' takes its statistics from"):
+        compile_step(mixed, torch.optim.SGD(mixed.parameters(), lr=0.1), cache_prefix=True)
     with pytest.raises(TypeError, match="cache_prefix: got str"):
         compile_step(rfa, optimizer, cache_prefix="yes")
 
