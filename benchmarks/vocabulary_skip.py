@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from rfa_fast import patch
 from rfa_fast.data import collate_text
-from rfa_fast.data.collate import IGNORED_LABEL
 from rfa_fast.experiments import smollm2
 from rfa_fast.experiments.comparison import Request
+from rfa_fast.objective import IGNORED_LABEL
 from rfa_fast.ops import head
 
 SKIPS = (0.0, 2**-16, 2**-12, 2**-10, 2**-8, 2**-6)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -79,6 +79,8 @@ class Batch:
         token_units: the unit of the losses is a token rather than a sample.
         whole: the batch that this one is a part of, where gradients are accumulated.
         needed: int8 `(B,)`, 0 for samples that teacher mode's original model has to compute; `None`: all of them.
+        decoder: int8 `(B, T)`, the codes by position of what an encoder-decoder writes; `None` in other models. Labels
+            are of these, and its layers are aligned by sample.
     """
 
     samples: Tensor
@@ -86,6 +88,7 @@ class Batch:
     token_units: bool
     whole: WholeBatch | None = None
     needed: Tensor | None = None
+    decoder: Tensor | None = None
 
     @property
     def size(self) -> int:
@@ -96,6 +99,16 @@ class Batch:
     def length(self) -> int | None:
         """T, or `None`."""
         return None if self.tokens is None else self.tokens.shape[1]
+
+    def of(self, samples: slice | Tensor) -> Batch:
+        """Some of the samples, or all of them in another order.
+
+        Example:
+            >>> make_batch(torch.tensor([False, True]), None, device=torch.device("cpu")).of(slice(1, 2)).samples
+            tensor([1], dtype=torch.int8)
+        """
+        tokens, decoder = (None if codes is None else codes[samples] for codes in (self.tokens, self.decoder))
+        return replace(self, samples=self.samples[samples], tokens=tokens, decoder=decoder, needed=None)
 
 
 def make_batch(
@@ -268,6 +281,8 @@ class GroupContext:
         choice = fits[0]
         if choice == "batch" and shape[:1] == (size,):
             fine = batch.tokens is not None and shape[:2] == tuple(batch.tokens.shape)
+            if batch.decoder is not None and shape[:2] == tuple(batch.decoder.shape):
+                return Layout("batch", batch.samples, False)
             if automatic and batch.tokens is not None and len(shape) > 1 and not fine:
                 raise ValueError(
                     f"{self._where(name, shape)}: got {shape[1]} rows per sample, expected {length}; "
@@ -306,40 +321,6 @@ def _fitting(shape: tuple[int, ...], size: int, length: int | None, ambiguous: b
     return fits
 
 
-def batch_of(inputs: Tensor | Mapping[str, Any]) -> tuple[int, int | None, Tensor | None]:
-    """B, T (token inputs only) and the attention mask of a model's inputs.
-
-    Args:
-        inputs: a tensor, or a transformers model's keyword dict.
-
-    Raises:
-        ValueError: no tensor among the inputs, or an attention mask that is not `(B, T)`.
-
-    Example:
-        >>> batch_of({"input_ids": torch.ones(2, 5, dtype=torch.int64)})
-        (2, 5, None)
-    """
-    if isinstance(inputs, Tensor):
-        if not inputs.ndim:
-            raise ValueError("inputs: got shape (), expected a batch axis in front: (B, ...)")
-        return inputs.shape[0], None, None
-    first = next((v for v in inputs.values() if isinstance(v, Tensor) and v.ndim), None)
-    if first is None:
-        raise ValueError(f"inputs: got keys {sorted(inputs)}, expected at least one tensor with a batch axis")
-    ids = inputs.get("input_ids", inputs.get("inputs_embeds"))
-    if not isinstance(ids, Tensor):
-        return first.shape[0], None, None
-    mask = inputs.get("attention_mask")
-    if mask is not None and not isinstance(mask, Tensor):
-        raise TypeError(f"attention_mask: got {type(mask).__name__}, expected a tensor of shape {tuple(ids.shape[:2])}")
-    if mask is not None and tuple(mask.shape) != tuple(ids.shape[:2]):
-        raise ValueError(
-            f"attention_mask: got shape {tuple(mask.shape)}, expected {tuple(ids.shape[:2])}; "
-            "pass the padding mask as `valid` where the model wants another attention mask"
-        )
-    return ids.shape[0], ids.shape[1], None if mask is None else mask.bool()
-
-
 def flat_rows(batch: int, rows: int, codes: Tensor) -> Tensor:
     """Codes `(B,)` or `(B, T)` of a flattened batch as `(rows,)`, batch major.
 
@@ -358,7 +339,6 @@ __all__ = [
     "GroupContext",
     "LayerTerms",
     "Layout",
-    "batch_of",
     "flat_rows",
     "make_batch",
 ]

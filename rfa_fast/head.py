@@ -22,6 +22,7 @@ from rfa_fast.groups import Batch, GroupContext
 from rfa_fast.handed import version
 from rfa_fast.modules import RFALayer
 from rfa_fast.objective import FORGET, IGNORE, IGNORED_LABEL, RETAIN, TaskSums, check_range, mean_prediction, task_sums
+from rfa_fast.padding import without_padding
 from rfa_fast.targets import inherits_forward, output_embeddings
 
 
@@ -254,8 +255,10 @@ def standing_aside(head: nn.Linear) -> Iterator[list[tuple[Tensor, int | None]]]
 
 def _token_rows(labels: Tensor, batch: Batch, shift: bool) -> tuple[Tensor, Tensor]:
     """Labels and codes per logit row; a label on an invalid token counts as −100."""
-    codes = batch.samples[:, None].expand(labels.shape) if batch.tokens is None else batch.tokens
-    usable = torch.where(codes >= RETAIN, labels, IGNORED_LABEL)
+    codes = batch.tokens if batch.decoder is None else batch.decoder
+    if codes is None:
+        codes = batch.samples[:, None].expand(labels.shape)
+    usable = without_padding(labels, codes >= RETAIN, shift=shift)
     if shift:
         usable = torch.cat([usable[:, 1:], torch.full_like(usable[:, :1], IGNORED_LABEL)], 1)
     return usable.flatten(), codes.flatten()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -18,13 +19,13 @@ from torch import Tensor, nn
 from rfa_fast.checkpointing import blocks_checkpoint, mark
 from rfa_fast.config import RFAConfig
 from rfa_fast.forwards import flags_down
-from rfa_fast.groups import Batch, GroupContext, LayerTerms, batch_of, make_batch
+from rfa_fast.groups import Batch, GroupContext, LayerTerms, make_batch
 from rfa_fast.head import TaskTerms, check_labels, head_aside, logits_and_task
 from rfa_fast.modules import RFALayer
 from rfa_fast.objective import RFALoss, accumulation_dtype, combine
+from rfa_fast.padding import Inputs, batch_of, decoder_inputs
 from rfa_fast.teacher import record_teacher
 
-Inputs = Tensor | Mapping[str, Any]
 Means = Mapping[str, tuple[Tensor, Tensor]]
 
 
@@ -70,10 +71,11 @@ def prepare(
     check_labels(labels, size, device)
     by_token = token_units(config, length is not None)
     batch = make_batch(forget, valid, device=device, size=size, length=length, token_units=by_token)
-    if mask is None:
-        return batch
-    both = mask if valid is None else mask & (valid if valid.ndim == 2 else valid[:, None])
-    return make_batch(forget, both, device=device, size=size, length=length, token_units=by_token)
+    if mask is not None:
+        both = mask if valid is None else mask & (valid if valid.ndim == 2 else valid[:, None])
+        batch = make_batch(forget, both, device=device, size=size, length=length, token_units=by_token)
+    written = decoder_inputs(inputs)
+    return batch if written is None else replace(batch, decoder=batch.samples[:, None].expand(written.shape[:2]))
 
 
 def evaluate(

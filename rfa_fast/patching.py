@@ -22,7 +22,6 @@ from rfa_fast.groups import Batch, GroupContext, LayerTerms, make_batch
 from rfa_fast.layer_report import Report, describe
 from rfa_fast.loss import (
     Evaluation,
-    Inputs,
     alignment,
     eval_behaviour,
     evaluate,
@@ -37,6 +36,7 @@ from rfa_fast.modules import RFALayer
 from rfa_fast.names import canonical_names
 from rfa_fast.objective import RFALoss, combine
 from rfa_fast.ops import backends
+from rfa_fast.padding import Inputs
 from rfa_fast.prefix import Prefix
 from rfa_fast.ranks import fit_ranks
 from rfa_fast.swap import adapt, restore
@@ -193,7 +193,8 @@ class RFA:
             labels: int64 `(B,)`, or `(B, T)` unshifted as in transformers; −100 is left out of the task
                 terms. Labels of forget samples are otherwise unread.
             forget: bool `(B,)`.
-            valid: bool `(B,)` or `(B, T)`, and-ed with the attention mask; false is in no term.
+            valid: bool `(B,)` or `(B, T)`, and-ed with the attention mask; false is in no term. Of an encoder-decoder
+                T is the encoder's: labels of −100 leave out what the decoder writes.
 
         Raises:
             TypeError, ValueError: a mask or labels of the wrong dtype, shape, device or range, or an

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from rfa_fast.files import save_tensors
 from rfa_fast.modules import RFALayer
+from rfa_fast.padding import Inputs
 
-Inputs = Tensor | Mapping[str, Any]
 _MANIFEST = "prefix_cache.json"
 
 

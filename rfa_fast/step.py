@@ -24,8 +24,9 @@ from rfa_fast.compiler import compiler_settings
 from rfa_fast.forwards import batch_statistics
 from rfa_fast.groups import Batch, WholeBatch
 from rfa_fast.head import head_aside, labelled_rows, standing_aside
-from rfa_fast.loss import Evaluation, Inputs, evaluate, prepare, remembered
+from rfa_fast.loss import Evaluation, evaluate, prepare, remembered
 from rfa_fast.objective import FORGET, RETAIN, RFALoss
+from rfa_fast.padding import Inputs
 from rfa_fast.patching import RFA
 from rfa_fast.prefix_cache import PrefixCache, sample_keys
 
@@ -282,7 +283,7 @@ class Step:
             return
         by_length = batch.length is not None
         tensors = [inputs] if isinstance(inputs, Tensor) else [v for v in inputs.values() if isinstance(v, Tensor)]
-        rest = [tensor for tensor in (labels, batch.samples, batch.tokens, output) if tensor is not None]
+        rest = [tensor for tensor in (labels, batch.samples, batch.tokens, batch.decoder, output) if tensor is not None]
         for tensor in [*tensors, *rest]:
             for axis in range(min(tensor.ndim, 2 if by_length else 1)):
                 torch._dynamo.maybe_mark_dynamic(tensor, axis)
@@ -361,8 +362,7 @@ def _split(inputs: Inputs, labels: Tensor, batch: Batch, parts: int) -> Iterator
             mine = {
                 k: v[part] if isinstance(v, Tensor) and v.ndim and v.shape[0] == size else v for k, v in inputs.items()
             }
-        tokens = None if batch.tokens is None else batch.tokens[part]
-        yield mine, labels[part], Batch(batch.samples[part], tokens, batch.token_units)
+        yield mine, labels[part], batch.of(part)
 
 
 def _shape_of(inputs: Inputs, labels: Tensor, batch: Batch) -> tuple[Any, ...]:

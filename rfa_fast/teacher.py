@@ -102,13 +102,13 @@ class Teacher:
         if not anew and bool((others[1:] >= others[:-1]).all()):
             return inputs, labels, replace(batch, needed=_needed(batch, batch.samples))
         order = others.to(torch.int8).argsort(stable=True)
-        samples, tokens = batch.samples[order], None if batch.tokens is None else batch.tokens[order]
+        ordered = batch.of(order)
         moved: Tensor | dict[str, Any]
         if isinstance(inputs, Tensor):
             moved = inputs[order]
         else:
             moved = {key: value[order] if isinstance(value, Tensor) else value for key, value in inputs.items()}
-        return moved, labels[order], replace(batch, samples=samples, tokens=tokens, needed=_needed(batch, samples))
+        return moved, labels[order], replace(ordered, needed=_needed(batch, ordered.samples))
 
     def _applies(self, context: GroupContext) -> bool:
         """In teacher mode, with the batch as the first axis, and the mse.

@@ -10,7 +10,8 @@ from torch import nn
 
 import rfa_fast
 from rfa_fast.config import RFAConfig
-from rfa_fast.groups import GroupContext, batch_of, make_batch
+from rfa_fast.groups import GroupContext, make_batch
+from rfa_fast.padding import batch_of
 
 CPU = torch.device("cpu")
 

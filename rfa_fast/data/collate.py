@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from torch.utils.data import default_collate
 
 from rfa_fast.data.draws import integer
+from rfa_fast.objective import IGNORED_LABEL
 
-IGNORED_LABEL = -100
 # What stands beyond a row's end; input_ids take the tokenizer's own padding token.
 PADDING = {"labels": IGNORED_LABEL}
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from rfa_fast.data.collate import IGNORED_LABEL
 from rfa_fast.data.datasets import QADataset, TextDataset, check_ids, check_labels
 from rfa_fast.data.draws import integer
+from rfa_fast.objective import IGNORED_LABEL
 
 QA_TEMPLATE = "Question: {question}\nAnswer: {answer}"
 

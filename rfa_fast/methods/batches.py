@@ -20,13 +20,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, DistributedSampler, Subset
 
-from rfa_fast.data.collate import IGNORED_LABEL, collate, collate_mixed, collate_text
+from rfa_fast.data.collate import collate, collate_mixed, collate_text
 from rfa_fast.data.datasets import MixedDataset, ids_of, size_of
 from rfa_fast.data.sampler import ForgetRetainBatchSampler, PerBatch
 from rfa_fast.methods.base import Batch
 from rfa_fast.methods.forget_pass import ForgetPass
 from rfa_fast.methods.parts import Parts, parts
 from rfa_fast.methods.seeding import derive_seed, seed_generators
+from rfa_fast.objective import IGNORED_LABEL
 
 Collate = Callable[[list[Any]], Any]
 IMAGE_BATCH, TEXT_BATCH = 128, 32

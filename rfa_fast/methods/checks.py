@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
-from rfa_fast.data.collate import IGNORED_LABEL
 from rfa_fast.methods.base import Batch
 from rfa_fast.metrics.passes import eval_mode, evaluating
+from rfa_fast.objective import IGNORED_LABEL
 from rfa_fast.targets import output_embeddings
 
 

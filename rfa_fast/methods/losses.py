@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rfa_fast.data.collate import IGNORED_LABEL
-from rfa_fast.objective import accumulation_dtype
+from rfa_fast.objective import IGNORED_LABEL, accumulation_dtype
 
 
 class Rows(NamedTuple):

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from rfa_fast.data.collate import IGNORED_LABEL, collate, collate_text
+from rfa_fast.data.collate import collate, collate_text
 from rfa_fast.data.datasets import size_of
+from rfa_fast.head import predicts_next_token
 from rfa_fast.methods import checks
 from rfa_fast.methods.base import NonFiniteError, StepRecord
 from rfa_fast.methods.batches import IMAGE_BATCH, TEXT_BATCH
@@ -29,6 +30,8 @@ from rfa_fast.methods.parts import Parts, parts
 from rfa_fast.methods.progress import ProgressReport
 from rfa_fast.methods.schedule import Schedule, check_schedule, learning_rates, steps_in_all
 from rfa_fast.methods.seeding import derive_seed, isolated_generators, seed_generators
+from rfa_fast.objective import IGNORED_LABEL
+from rfa_fast.padding import real_labels
 
 
 @dataclass
@@ -250,7 +253,8 @@ class _Epochs:
 
 
 def _loss(model: nn.Module, inputs: Tensor | dict[str, Tensor], labels: Tensor, device: torch.device) -> Tensor:
-    given, labels = labels, labels.to(device)
+    given = labels = real_labels(inputs, labels, shift=predicts_next_token(model))
+    labels = labels.to(device)
     if isinstance(inputs, Mapping):
         moved = {k: v.to(device) for k, v in inputs.items()}
         if hasattr(model, "config"):

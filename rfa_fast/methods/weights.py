@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from rfa_fast.data.collate import IGNORED_LABEL
 from rfa_fast.files import save_tensors
 from rfa_fast.forwards import flags_down
 from rfa_fast.head import predicts_next_token
@@ -34,6 +33,7 @@ from rfa_fast.methods.options import Option, complete, flag, placement
 from rfa_fast.methods.placement import check_trainable, parameters_of
 from rfa_fast.methods.start import named_state
 from rfa_fast.metrics.passes import logits_of
+from rfa_fast.padding import real_labels
 from rfa_fast.undo import Undo
 
 WEIGHTS_FILE = "weights.safetensors"
@@ -217,11 +217,9 @@ class WeightsMethod(Method):
             return functional_call(self.model, tensors, (inputs,))
 
     def _labelled(self, output: object, batch: Batch) -> Rows:
-        labels, shift = batch.labels, self.options["shift_labels"]
-        mask = batch.inputs.get("attention_mask") if isinstance(batch.inputs, dict) else None
-        if mask is not None and mask.shape == labels.shape:
-            labels = labels.masked_fill(mask == 0, IGNORED_LABEL)
+        shift = self.options["shift_labels"]
         shift = predicts_next_token(self.model) if shift is None else shift
+        labels = real_labels(batch.inputs, batch.labels, shift=shift)
         return labelled_rows(logits_of(output), labels, batch.forget, shift=shift)
 
     def _no_step(self, batch: Batch, *names: str) -> dict[str, Tensor]:

@@ -212,7 +212,7 @@ def _side_by_side(
     with passes.evaluating(model_a, model_b):
         places = passes.device_of(model_a), passes.device_of(model_b)
         shift = passes.shifts_labels(model_a, shift_labels)
-        for batch in passes.batches(loader, progress):
+        for batch in passes.batches(loader, progress, shift=shift):
             logits_a, logits_b = (passes.forward(m, batch, p) for m, p in zip((model_a, model_b), places, strict=True))
             rows_a, _, item = passes.labelled_rows(logits_a, batch.labels, shift)
             add(rows_a, passes.labelled_rows(logits_b, batch.labels, shift)[0], item, batch)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from rfa_fast.head import predicts_next_token
 from rfa_fast.objective import IGNORED_LABEL
+from rfa_fast.padding import real_labels
 
 Loader: TypeAlias = Iterable[Any]
 Progress: TypeAlias = Callable[[int, int], None]
@@ -107,12 +108,13 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
-def batches(loader: Loader, progress: Progress | None = None) -> Iterator[Batch]:
+def batches(loader: Loader, progress: Progress | None = None, *, shift: bool = False) -> Iterator[Batch]:
     """The loader's batches in one form, still on the CPU; see :func:`forward` for the move.
 
     Args:
         loader: yields `(inputs, labels)`, inputs a tensor or a keyword dict, or dicts with `labels`.
         progress: called with (batches done, batches in all) after each; 0 in all when unknown.
+        shift: see :func:`shifts_labels`; then a text's first token behind padding has no label either.
 
     Raises:
         ValueError: the loader yields nothing.
@@ -125,7 +127,7 @@ def batches(loader: Loader, progress: Progress | None = None) -> Iterator[Batch]
     total = length(loader)
     index = -1
     for index, item in enumerate(loader):
-        yield _batch(index, item)
+        yield _batch(index, item, shift)
         if progress is not None:
             progress(index + 1, total)
     if index < 0:
@@ -278,7 +280,7 @@ def _recorder(name: str, calls: list[Tensor]) -> Callable[[nn.Module, object, ob
     return record
 
 
-def _batch(index: int, item: Any) -> Batch:
+def _batch(index: int, item: Any, shift: bool) -> Batch:
     inputs: Any
     if isinstance(item, Mapping):
         if "labels" not in item:
@@ -300,13 +302,8 @@ def _batch(index: int, item: Any) -> Batch:
     if labels.ndim not in (1, 2) or len(labels) == 0:
         raise ValueError(f"labels: batch {index} has shape {tuple(labels.shape)}, expected (B,) or (B, T), B >= 1")
     mask = inputs.get("attention_mask") if isinstance(inputs, dict) else None
-    if isinstance(mask, Tensor) and mask.ndim == 2:
-        mask = mask.detach().cpu() != 0
-        if mask.shape == labels.shape:
-            labels = labels.masked_fill(~mask, IGNORED_LABEL)
-    else:
-        mask = None
-    return Batch(index, inputs, labels, mask)
+    mask = mask.detach().cpu() != 0 if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    return Batch(index, inputs, real_labels(inputs, labels, shift=shift), mask)
 
 
 def _check_labels(batch: Batch, logits: Tensor) -> None:

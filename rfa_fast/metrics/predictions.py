@@ -182,7 +182,7 @@ def predict(
     parts: dict[str, list[Tensor]] = {}
     with passes.evaluating(model, *(observer.models if observer is not None else ())):
         device, shift = passes.device_of(model), passes.shifts_labels(model, shift_labels)
-        for batch in passes.batches(loader, progress):
+        for batch in passes.batches(loader, progress, shift=shift):
             features: dict[str, list[Tensor]] = {name: [] for name in (observer.layers() if observer else ())}
             with passes.captured(model, features, features):
                 logits = passes.forward(model, batch, device)
