@@ -37,12 +37,13 @@ _KINDER: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Any]] = weakref.WeakKey
 
 @dataclass
 class Snapshot:
-    """What a layer needs to compute a second time what it computed for a batch."""
+    """What a layer needs to compute a second time what it computed for a batch, and in which backward it does."""
 
     model: nn.Module
     batch: Batch
     memory: Mapping[str, tuple[Tensor, Tensor]]
     teacher: dict[str, Tensor]
+    backward: int = -1
 
 
 class _Mark(torch.autograd.Function):
@@ -56,6 +57,7 @@ class _Mark(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         context = ctx.context
+        ctx.snapshot.backward = torch._C._current_graph_task_id()
         context.replay = ctx.snapshot
         calm = ExitStack()
         calm.enter_context(flags_down(ctx.snapshot.model.modules()))
@@ -95,8 +97,12 @@ def replayed(context: GroupContext) -> Iterator[None]:
 
 
 def runs_again(context: GroupContext) -> bool:
-    """Whether a layer is called by the backward of a loss, to compute once more what it did not keep."""
-    return context.replay is not None and torch._C._current_graph_task_id() != -1
+    """Whether a layer is called by the backward of a loss, to compute once more what it did not keep.
+
+    Of this loss and no other: a backward that fails does not come to its end, and leaves its batch behind.
+    """
+    snapshot = context.replay
+    return isinstance(snapshot, Snapshot) and snapshot.backward == torch._C._current_graph_task_id() != -1
 
 
 def note_region(context: GroupContext, name: str) -> None:

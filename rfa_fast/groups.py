@@ -200,7 +200,7 @@ class GroupContext:
         Args:
             memory: x̃ of the batches before by layer, and for which positions it is known.
         """
-        self.batch, self.memory = batch, memory
+        self.batch, self.memory, self.replay = batch, memory, None
         self.expects_gradient, self.checkpointed = torch.is_grad_enabled(), False
         self.clear()
         self.reported = batch, memory

@@ -176,3 +176,29 @@ def test_a_loss_scale_reaches_every_term():
     (8 * rfa.loss(*batch).total).backward()
     for name, gradient in gradients(rfa).items():
         assert torch.allclose(gradient, 8 * one[name], rtol=1e-5), name
+
+
+def test_a_backward_that_fails_leaves_its_batch_to_nobody():
+    model = TinyBlocks(lambda block, x: checkpoint(block, x, use_reentrant=False)).train()
+    rfa = rfa_fast.patch(model, ["1.up", "2.up"], rank=2, seed=0)
+    batch = torch.randn(6, 5), torch.arange(6) % 3, torch.arange(6) < 2
+    expected = loss_and_gradients(rfa, batch)
+
+    def fails(*_):
+        raise RuntimeError("out of memory")
+
+    model.train()
+    loss = rfa.loss(*batch)
+    handle = model[2].up.register_forward_pre_hook(fails)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        loss.total.backward()
+    handle.remove()
+    assert all(module.training for module in model.modules())
+    del loss
+    # A loss of one's own, in train mode, of a batch of another size.
+    outputs = torch.randn(4, 5).requires_grad_()
+    model(outputs).sum().backward()
+    assert outputs.grad is not None
+    for p in rfa.parameters():
+        p.grad = None
+    assert_same(loss_and_gradients(rfa, batch), expected)
