@@ -93,6 +93,8 @@ FACTORY = ["{nets}:build", "--data", "images.npz", "--forget-class", "1"]
         pytest.param([*FACTORY, "--autocast", "float16"], "autocast: got 'float16', expected", id="autocast"),
         pytest.param([*FACTORY, "--dtype", "int8"], "dtype: got 'int8'", id="dtype"),
         pytest.param([*FACTORY, "--device", "cuda:9"], "device: got 'cuda:9'", id="device"),
+        pytest.param([*FACTORY, "--device", "meta"], "device: got 'meta', which holds no values", id="meta"),
+        pytest.param([*FACTORY, "--max-length", "64"], "--max-length: got a value with images, expected", id="length"),
         pytest.param([*FACTORY, "--data-option", "size"], "expected KEY=VALUE", id="data option"),
         pytest.param([*FACTORY, "--data-option", "colour=1"], "got option 'colour', expected some of", id="loader"),
         pytest.param([*FACTORY, "--retrained", "nowhere"], "model: nowhere is no folder here", id="retrained"),
@@ -121,6 +123,18 @@ def test_info_without_a_model_takes_no_flag_about_one(words: list[str]) -> None:
     refused = run("info", *words, code=2)
     assert f"{words[0]}: got a value without MODEL, expected MODEL" in refused.stderr
     assert refused.stdout == ""
+
+
+def test_flags_that_nothing_reads_are_refused(place: Path) -> None:
+    net = f"{nets(place)}:build"
+    for command in (["info", net], ["bench", net, "--no-progress"]):
+        assert (
+            f"--classes: got a value with {net}, expected torchvision" in run(*command, "--classes", "3", code=2).stderr
+        )
+    words = ["evaluate", net, "--data", "images.npz", "--forget-class", "1", "--no-progress", "--max-length", "9"]
+    assert "--max-length: got a value with images, expected --data of texts" in run(*words, code=2).stderr
+    words = ["bench", net, "--no-progress", "--forecast-only", "--weights", "w.safetensors"]
+    assert "--weights: got a value with --forecast-only, expected a step that is timed" in run(*words, code=2).stderr
 
 
 @pytest.mark.parametrize("command", ["evaluate", "unlearn"])

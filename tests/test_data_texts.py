@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 
 import pytest
@@ -267,6 +268,14 @@ def test_records_with_a_test_file(tmp_path, suffix: str) -> None:
         write(test, [("c", wrong)])
         with pytest.raises(ValueError, match=rf"label: got '?{wrong}'?, expected one of cat, dog$"):
             load_records(train, test=test)
+
+
+def test_a_long_text_in_a_csv(tmp_path) -> None:
+    write(tmp_path / "a.csv", [("word " * 40_000, "x"), ("short", "y"), ("a", "x"), ("b", "y")])
+    before = csv.field_size_limit()
+    data = load_records(tmp_path / "a.csv", test_fraction=0.5)
+    assert sorted(map(len, data.train.texts + data.test.texts)) == [1, 1, 5, 200_000]
+    assert csv.field_size_limit() == before
 
 
 def test_classes_settle_what_a_label_is(tmp_path) -> None:

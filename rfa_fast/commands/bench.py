@@ -16,7 +16,7 @@ from torch import nn
 
 from rfa_fast.commands import options
 from rfa_fast.commands.info import _table
-from rfa_fast.commands.method import refuse_typed
+from rfa_fast.commands.method import refuse_idle_classes, refuse_typed
 from rfa_fast.commands.shell import INTERRUPTED, command_line, reported, results, say
 from rfa_fast.commands.unlearn import _targets
 from rfa_fast.metrics import Forecast
@@ -125,7 +125,11 @@ def bench(
         if config is not None:
             refuse_typed(context, ("weights", "classes"), "beside --config", "MODEL: a configuration says all there is")
         if forecast_only:
-            refuse_typed(context, ("device", "rounds", "warmup"), "with --forecast-only", "a step that is timed")
+            refuse_typed(
+                context, ("device", "rounds", "warmup", "weights"), "with --forecast-only", "a step that is timed"
+            )
+        if model is not None:
+            refuse_idle_classes(context, model)
         from rfa_fast.experiments.bench import Bench, free_bytes, sentence, size_text
         from rfa_fast.experiments.common import bar
         from rfa_fast.experiments.geometry import batches_for

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rfa_fast.commands import options
-from rfa_fast.commands.method import refuse_typed
+from rfa_fast.commands.method import refuse_idle_classes, refuse_typed
 from rfa_fast.commands.shell import reported, results
 from rfa_fast.commands.unlearn import _targets
 
@@ -66,6 +66,7 @@ def info(
             refuse_typed(context, _OF_MODEL, "without MODEL", "MODEL, whose layers it is about")
             found = machine_facts()
         else:
+            refuse_idle_classes(context, model)
             found = model_facts(
                 model, weights=weights, targets=_targets(targets), rank=rank, adapter=adapter, classes=classes,
                 trust_remote_code=trust_remote_code,

@@ -80,6 +80,16 @@ def refuse_typed(context: typer.Context, names: Sequence[str], where: str, expec
         raise ValueError(f"{typed[0]}: got a value {where}, expected {expected}")
 
 
+def refuse_idle_classes(context: typer.Context, model: str) -> None:
+    """Raise for `--classes` beside a model that says itself how many outputs it has.
+
+    Raises:
+        ValueError: it was typed, and the model is none of torchvision's.
+    """
+    if not model.startswith("torchvision:"):
+        refuse_typed(context, ("classes",), f"with {model}", "torchvision:NAME: others say how many outputs they have")
+
+
 def _was_typed(context: typer.Context, flag: str) -> bool:
     source = context.get_parameter_source(flag)
     return source is not None and source.name == "COMMANDLINE"

@@ -146,6 +146,7 @@ def _jsonl(path: Path, content: str, text: str, label: str) -> list[Record]:
 
 def _csv(path: Path, content: str, text: str, label: str) -> list[Record]:
     reader = csv.reader(io.StringIO(content, newline=""), strict=True)
+    limit = csv.field_size_limit(max(csv.field_size_limit(), len(content)))  # Python's own is 128 KiB a field
     rows: list[tuple[int, list[str]]] = []
     begin = 1
     try:
@@ -155,6 +156,8 @@ def _csv(path: Path, content: str, text: str, label: str) -> list[Record]:
             begin = reader.line_num + 1
     except csv.Error as error:
         raise ValueError(f"{path}, line {begin}: got {error}, expected comma-separated values") from error
+    finally:
+        csv.field_size_limit(limit)
     if not rows:
         raise ValueError(f"{path}: got no line, expected a header with {text!r} and {label!r}")
     header = [name.strip() for name in rows[0][1]]

@@ -118,9 +118,12 @@ def device_of(model: nn.Module, device: str | torch.device | None) -> torch.devi
     if device is None:
         return first.device
     try:
-        return torch.empty(0, device=device).device
+        found = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device: got {device!r}, which cannot be used here ({error})") from error
+    if found.type == "meta":
+        raise ValueError(f"device: got {device!r}, which holds no values, expected one to compute on")
+    return found
 
 
 def pad_token_id(model: nn.Module) -> int:
