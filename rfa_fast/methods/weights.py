@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from rfa_fast.files import save_tensors
 from rfa_fast.forwards import flags_down
@@ -127,7 +128,17 @@ class WeightsMethod(Method):
             self.model.eval()
 
     def layers(self) -> list[str]:
-        """The modules whose parameters are trained; a parameter of the model itself goes by its own name."""
+        """The modules whose parameters are trained, or whose statistics train mode moves.
+
+        A parameter of the model itself goes by its own name.
+        """
+        trained, batch_statistics = self._trained_layers(), self.options["train_mode"]
+        modules = dict(self.model.named_modules())
+        norms = {n for n, m in modules.items() if isinstance(m, _BatchNorm) and m.running_mean is not None}
+        changed = {*trained, *norms} if batch_statistics else {*trained}
+        return [*(name for name in trained if name not in modules), *(name for name in modules if name in changed)]
+
+    def _trained_layers(self) -> list[str]:
         return list(dict.fromkeys(name.rpartition(".")[0] or name for name in self._parameters))
 
     def save(self, folder: Path) -> None:
@@ -149,7 +160,7 @@ class WeightsMethod(Method):
         """
         self._check_live()
         wide = torch.float64
-        lost, size = dict.fromkeys(self.layers(), 0.0), dict.fromkeys(self.layers(), 0.0)
+        lost, size = (dict.fromkeys(self._trained_layers(), 0.0) for _ in range(2))
         if dtype is not None:
             for name, parameter in self._parameters.items():
                 layer, now = name.rpartition(".")[0] or name, parameter.detach().to(wide)
@@ -240,7 +251,7 @@ def call(model: nn.Module, inputs: Tensor | Mapping[str, Tensor]) -> object:
 
 def _alone(model: nn.Module) -> AbstractContextManager[None]:
     """One sample has no variance: batch norms keep to their running statistics."""
-    return flags_down(m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+    return flags_down(m for m in model.modules() if isinstance(m, _BatchNorm))
 
 
 @torch.no_grad()
