@@ -195,9 +195,10 @@ def test_what_does_not_fit_is_run_again_and_a_reference_that_is_measured_is_kept
         retrained.calls = 0
         metrics.evaluate_split(model, subsets, references=metrics.References(retrained, kept=kept))
         assert retrained.calls == calls
-    other = {"D_f": entries([0, 1], labels=1)}
-    with pytest.raises(ValueError, match=r"^D_f: kept: got other labels in batch 0, expected the same items in the sa"):
-        metrics.evaluate_split(Fixed(A), other, references=metrics.References(retrained, kept=kept))
+    # Other labels, and other items with the same ones, as a shuffled class has.
+    for other in (entries([0, 1], [2], labels=1), entries([1, 0], [2])):
+        with pytest.raises(ValueError, match=r"^D_f: kept: got other items in batch 0, expected the same"):
+            metrics.evaluate_split(Fixed(A), {"D_f": other}, references=metrics.References(retrained, kept=kept))
     with pytest.raises(ValueError, match="budget: got -1, expected 0 bytes or more"):
         metrics.KeptOutputs(-1)
 

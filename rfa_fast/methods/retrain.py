@@ -84,7 +84,7 @@ def train(
             cut into equal batches, give or take one sample, and no sample is left out.
         lr, weight_decay: of AdamW.
         warmup_steps: steps in which the rate rises linearly from 0 to `lr`.
-        schedule: afterwards `"constant"`, or falling to 0 at the last step, linearly or as a cosine.
+        schedule: afterwards `"constant"`, or falling to 0 behind the last step, linearly or as a cosine.
         seed: of order, augmentation and dropout; the caller's random generators are left as they were. A DataLoader's
             own `generator` is the caller's: it gives its order and moves on.
         collate_fn: makes a batch of items; by default tensors are stacked and texts padded.
