@@ -189,6 +189,7 @@ class GroupContext:
     reported: tuple[Batch, Mapping[str, tuple[Tensor, Tensor]]] | None = None
     prefix_output: Tensor | None = None
     prefix_outputs: dict[int, Any] = field(default_factory=dict)
+    original_output: Any = None
     expects_gradient: bool = False
     checkpointed: bool = False
     replay: object | None = None
@@ -214,7 +215,7 @@ class GroupContext:
     def clear(self) -> None:
         """Drop what the layers reported: a finished batch must keep neither features nor a graph alive."""
         self.teacher, self.terms, self.calls, self.means = {}, {}, {}, {}
-        self.reported, self.prefix_outputs = None, {}
+        self.reported, self.prefix_outputs, self.original_output = None, {}, None
 
     def note_retain(self, batch: Batch) -> None:
         """Say so once if there is nothing to align with yet, where asking costs no device synchronisation."""
@@ -281,7 +282,8 @@ class GroupContext:
         choice = fits[0]
         if choice == "batch" and shape[:1] == (size,):
             fine = batch.tokens is not None and shape[:2] == tuple(batch.tokens.shape)
-            if batch.decoder is not None and shape[:2] == tuple(batch.decoder.shape):
+            written = batch.decoder is not None and shape[:2] == tuple(batch.decoder.shape)
+            if written and (not fine or "decoder" in name.split(".")):
                 return Layout("batch", batch.samples, False)
             if automatic and batch.tokens is not None and len(shape) > 1 and not fine:
                 raise ValueError(

@@ -12,10 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map_only
 
 # What may be asked of a tensor without reading it.
-_PLAIN = frozenset(getattr(Tensor, name).__get__ for name in ("device", "dtype", "is_cuda", "layout", "requires_grad"))
+_PLAIN = frozenset(
+    getattr(Tensor, name).__get__ for name in ("device", "dtype", "is_cuda", "layout", "requires_grad")
+) | {Tensor.get_device}
 
 
 class Handed(Tensor):
@@ -66,7 +69,8 @@ def send(output: Any, read: Callable[[], object], *, blank: bool = False) -> tup
         blank: put an empty tensor in its place.
 
     Returns:
-        The output, and the handed tensor; of another kind of output itself, and `None`.
+        The output, and the handed tensor; of another kind of output (nested, sparse, quantised, distributed) itself,
+        and `None`.
 
     Example:
         >>> sent, first = send((torch.ones(2), "rest"), print)
@@ -75,10 +79,15 @@ def send(output: Any, read: Callable[[], object], *, blank: bool = False) -> tup
     """
     several = type(output) is tuple and len(output) > 0
     first = output[0] if several else output
-    if not isinstance(first, Tensor):
+    if not isinstance(first, Tensor) or not _dense(first):
         return output, None
     handed = hand_on(first.new_empty(0) if blank else first, read)
     return (handed, *output[1:]) if several else handed, handed
+
+
+def _dense(tensor: Tensor) -> bool:
+    plain = tensor.layout is torch.strided and not tensor.is_nested and not tensor.is_quantized
+    return plain and not is_traceable_wrapper_subclass(tensor)
 
 
 def given(arguments: Any) -> Any:

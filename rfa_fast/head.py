@@ -45,7 +45,17 @@ def predicts_next_token(model: nn.Module) -> bool:
     can_generate = getattr(model, "can_generate", None)
     if not callable(can_generate) or not can_generate():
         return False
-    return not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return not is_encoder_decoder(model)
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether a model writes a text of its own beside the one it reads, so that labels are not of its inputs.
+
+    Example:
+        >>> is_encoder_decoder(nn.Linear(2, 2))
+        False
+    """
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def check_labels(labels: Tensor, size: int, device: torch.device) -> None:

@@ -66,13 +66,14 @@ def decoder_inputs(inputs: Inputs) -> Tensor | None:
     return None if isinstance(inputs, Tensor) else _tokens(inputs, "decoder_input_ids", "decoder_inputs_embeds")
 
 
-def real_labels(inputs: Inputs, labels: Tensor, *, shift: bool) -> Tensor:
+def real_labels(inputs: Inputs, labels: Tensor, *, shift: bool, encoder_decoder: bool = False) -> Tensor:
     """Labels with −100 on padding, as far as the inputs say what that is.
 
     Args:
         inputs: what the model is called with.
         labels: integers `(B,)` or `(B, T)`, unshifted.
         shift: position t of a text predicts the label of t + 1; see :func:`without_padding`.
+        encoder_decoder: the labels are of another text than the attention mask.
 
     Example:
         >>> ids = torch.tensor([[3, 4, 0]])
@@ -80,7 +81,8 @@ def real_labels(inputs: Inputs, labels: Tensor, *, shift: bool) -> Tensor:
         tensor([[   3,    4, -100]])
     """
     mask = None if isinstance(inputs, Tensor) else inputs.get("attention_mask")
-    if not isinstance(mask, Tensor) or mask.shape != labels.shape or decoder_inputs(inputs) is not None:
+    another = encoder_decoder or decoder_inputs(inputs) is not None
+    if not isinstance(mask, Tensor) or mask.shape != labels.shape or another:
         return labels
     return without_padding(labels, mask.to(labels.device) != 0, shift=shift)
 

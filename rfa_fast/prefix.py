@@ -14,8 +14,8 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +61,9 @@ class Prefix:
         self._blocks = [model.get_submodule(name) for name in names]
         self._adapted = [model.get_submodule(name) for name in adapted]
         self._functions: tuple[list[Any], list[Callable[..., Any]]] = [], []
-        self._overwritten = False
+        # Whether the original model's outputs do for the adapted one; `None`: no batch has shown it yet.
+        self._sharable: bool | None = None
+        self._cachable = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the functions in front of the blocks: those of a copy are its own."""
@@ -73,9 +75,11 @@ class Prefix:
 
         Entered before a compiled function is called, not inside it: inductor merges equal computations, but not
         attention's, and so nothing behind the first block. The functions are the same from one batch to the next,
-        for that is what a compiled graph asks of a module's forward.
+        for that is what a compiled graph asks of a module's forward. Inference mode does not count what is written
+        into, and blocks compiled one by one take no handed tensors: both run the prefix twice.
         """
-        if not self._blocks or context.config.mode != "teacher":
+        alone = any(block._compiled_call_impl is not None for block in self._blocks)
+        if not self._blocks or context.config.mode != "teacher" or alone or torch.is_inference_mode_enabled():
             yield
             return
         own = [block.__dict__.get("forward") for block in self._blocks]
@@ -89,49 +93,70 @@ class Prefix:
         finally:
             context.prefix_outputs = {}
 
-    def run(self, model: nn.Module, inputs: Tensor | Mapping[str, Any]) -> Tensor:
+    def run(
+        self, model: nn.Module, inputs: Tensor | Mapping[str, Any], aside: AbstractContextManager[Any] | None = None
+    ) -> Tensor:
         """The output of the prefix for a batch, `(B, …)`, without gradient; what comes after it does not run.
+
+        The first time it does, for what the model does with what the blocks returned.
+
+        Args:
+            aside: entered for that first time; see :func:`rfa_fast.head.standing_aside`.
 
         Raises:
             TypeError: a last block that returns more than one tensor.
-            ValueError: a model that reads what an earlier block returned, or runs an adapted layer before the last.
+            ValueError: a model that reads what an earlier block returned, writes into the last one's, calls a block
+                twice, or runs the last before another or behind an adapted layer.
         """
         returned: list[Any] = []
-        handed: dict[str, weakref.ref[Tensor]] = {}
+        ran: list[str] = []
+        versions: list[int | None] = []
+
+        def refuse(what: str, expected: str) -> NoReturn:
+            raise ValueError(f"cache_prefix: got a model that {what}, expected {expected}; take the cache off")
 
         def reads(name: str) -> None:
-            raise ValueError(
-                f"cache_prefix: got a model that reads the output of block {name!r} itself, expected one that hands it "
-                "on to the next block and reads that of the last alone; take the cache off"
+            refuse(
+                f"reads the output of block {name!r} itself",
+                "one that hands it on to the next block and reads that of the last alone",
             )
 
         def early(*_: Any) -> None:
-            raise ValueError(
-                f"cache_prefix: got a model that runs an adapted layer before block {self.names[-1]!r}, expected all "
-                "of the frozen blocks to come first; take the cache off"
-            )
+            if not returned:
+                refuse(
+                    f"runs an adapted layer before block {self.names[-1]!r}", "all of the frozen blocks to come first"
+                )
 
         def running(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
+                if name in ran:
+                    refuse(f"calls block {name!r} twice", "one call of each")
+                ran.append(name)
                 output = original(*given(args), **given(kwargs))
-                if name != self.names[-1]:
-                    output, first = send(output, functools.partial(reads, name))
-                    if first is not None:
-                        handed[name] = weakref.ref(first)
+                if name == self.names[-1]:
+                    if missing := [each for each in self.names if each not in ran]:
+                        refuse(
+                            f"runs block {name!r} before {missing[0]!r}", "the last of the frozen blocks to run last"
+                        )
+                    returned.append(output)
+                    versions.extend(version(tensor) for tensor in _tensors(output))
+                    if self._cachable:
+                        raise _Done
                     return output
-                for other, reference in handed.items():
-                    held = reference()
-                    if held is not None and all(held is not one for one in (*args, *kwargs.values())):
-                        reads(other)
-                returned.append(output)
-                raise _Done
+                sent, first = send(output, functools.partial(reads, name))
+                if first is None:
+                    refuse(
+                        f"returns {type(output).__name__} from block {name!r}",
+                        "a dense tensor, or a tuple that begins with one",
+                    )
+                return sent
 
             return forward
 
         functions = [running(name, block.forward) for name, block in zip(self.names, self._blocks, strict=True)]
         hooks = [layer.register_forward_pre_hook(early) for layer in self._adapted]
         try:
-            with in_front(self._blocks, functions), torch.no_grad():
+            with in_front(self._blocks, functions), torch.no_grad(), aside or nullcontext():
                 model(inputs) if isinstance(inputs, Tensor) else model(**inputs)
         except _Done:
             pass
@@ -143,6 +168,9 @@ class Prefix:
             raise TypeError(
                 f"cache_prefix: block {self.names[-1]!r} returned {type(output).__name__}, expected one tensor"
             )
+        if [version(output)] != versions:
+            refuse(f"writes into the output of block {self.names[-1]!r}", "one that leaves it as it is")
+        self._cachable = True
         return output
 
     @contextmanager
@@ -162,16 +190,22 @@ class Prefix:
             if not context.recording:
                 if context.enabled and isinstance(context.prefix_outputs.get(index), _Kept):
                     context.prefix_outputs = self._answers(context.prefix_outputs)
+                    context.original_output = None
                 # Nothing: the original model itself, a forward that it did not run before, or a late block.
                 if not context.enabled or index not in context.prefix_outputs:
                     return original(*args, **kwargs)
                 return context.prefix_outputs[index]
             # Behind an adapted layer, whatever the order they are registered in: its output is the original model's.
-            if context.teacher or self._overwritten:
+            if context.teacher or self._sharable is False:
                 return original(*args, **kwargs)
+            if torch.compiler.is_compiling():
+                output = original(*args, **kwargs)
+                if self._sharable:  # the graph frees by itself what nobody reads
+                    context.prefix_outputs[index] = output
+                return output
             output = original(*given(args), **given(kwargs))
-            if torch.compiler.is_compiling():  # the graph frees by itself what nobody reads
-                context.prefix_outputs[index] = output
+            if index in context.prefix_outputs:  # called twice
+                self._sharable = False
                 return output
             kept = context.prefix_outputs[index] = _Kept(output)
             return output if last else kept.send(self.names[index])
@@ -183,8 +217,8 @@ class Prefix:
 
         Such a model runs its prefix twice, in the batches to come as well.
         """
-        self._overwritten = any(block.overwritten() for block in kept.values())
-        return {} if self._overwritten else {index: block.answer() for index, block in kept.items()}
+        self._sharable = self._sharable is not False and not any(block.overwritten() for block in kept.values())
+        return {index: block.answer() for index, block in kept.items()} if self._sharable else {}
 
 
 class _Kept:
@@ -197,6 +231,7 @@ class _Kept:
     def __init__(self, output: Any) -> None:
         self._output = output
         self._versions = [version(tensor) for tensor in _tensors(output)]
+        self._sent: weakref.ref[Tensor] | None = None
 
     def send(self, name: str) -> Any:
         """The output as the model gets it, which from now on is kept only when it is read."""
@@ -211,6 +246,7 @@ class _Kept:
         sent, first = send(output, lambda: setattr(self, "_output", output))
         if first is not None:
             self._output, _ = send(output, late, blank=True)
+            self._sent = weakref.ref(first)
         return sent
 
     def overwritten(self) -> bool:
@@ -219,7 +255,10 @@ class _Kept:
         return any(new is not None and new != old for new, old in zip(now, self._versions, strict=True))
 
     def answer(self) -> Any:
-        """What the block returns to the adapted model."""
+        """What the block returns to the adapted model; an output that is still there counts as read."""
+        sent = None if self._sent is None else self._sent()
+        if isinstance(sent, Handed) and any(isinstance(tensor, Handed) for tensor in _tensors(self._output)):
+            sent.read()
         return self._output
 
 

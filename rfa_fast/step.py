@@ -211,7 +211,7 @@ class Step:
         with ExitStack() as stack:
             stack.enter_context(rfa._one_batch(batch))
             stack.enter_context(self._autocast())
-            output = self._prefix_output(inputs, batch.size)
+            output = self._prefix_output(inputs, labels, batch.size)
             if output is not None:
                 stack.enter_context(rfa._prefix.answered(context))
             else:
@@ -241,14 +241,16 @@ class Step:
         rfa = self.rfa
         return evaluate(rfa.model, rfa.names, rfa._context, inputs, labels, batch, memory, prediction, prefix_output)
 
-    def _prefix_output(self, inputs: Inputs, size: int) -> Tensor | None:
+    def _prefix_output(self, inputs: Inputs, labels: Tensor, size: int) -> Tensor | None:
         """What the prefix returns for a batch, from the cache or from a run of its own; `None` without a cache."""
         if self.cache is None:
             return None
         keys = sample_keys(inputs, size)
         output = self.cache.get(keys, self.rfa._device())
         if output is None:
-            output = self.rfa._prefix.run(self.rfa.model, inputs)
+            head = head_aside(self.rfa.model, labels, self.rfa._context)
+            aside = None if head is None else standing_aside(head)
+            output = self.rfa._prefix.run(self.rfa.model, inputs, aside)
             self.cache.put(keys, output)
         return output
 

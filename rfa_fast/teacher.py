@@ -169,7 +169,10 @@ def record_teacher(
     context.recording = True
     try:
         with torch.no_grad(), nullcontext() if head is None else standing_aside(head):
-            model(*args, **kwargs)
+            output = model(*args, **kwargs)
+            # What it holds of the prefix's outputs, the adapted model's holds as well, for somebody to read.
+            if context.prefix_outputs and not torch.compiler.is_compiling():
+                context.original_output = output
     finally:
         context.recording = False
     context.check_calls(names)

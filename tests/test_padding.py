@@ -97,6 +97,32 @@ def test_labels_of_an_encoder_decoder_have_a_padding_of_their_own(length: int, m
     assert all(p.grad is not None for p in rfa.parameters())
 
 
+def test_training_an_encoder_decoder_takes_its_labels_as_they_are() -> None:
+    model, (inputs, labels) = tiny_t5(), translation(7)
+    inputs.pop("decoder_input_ids")  # the model makes them from the labels
+    with torch.no_grad():
+        expected = model(**inputs, labels=labels).loss.item()
+    items = [{key: value[i] for key, value in inputs.items()} | {"labels": labels[i]} for i in range(4)]
+    seen: list[float] = []
+    train(model, items, batch_size=4, seed=0, progress=False, callbacks=[lambda step: seen.append(step["total"])])
+    assert seen == pytest.approx([expected], rel=1e-5)
+
+
+@pytest.mark.parametrize("length", [3, 7])
+def test_an_encoders_layers_are_aligned_by_token_whatever_is_written(length: int) -> None:
+    model, (inputs, labels) = tiny_t5(), translation(length)
+    name, real = "encoder.block.1.layer.1.DenseReluDense.wi", LEFT.flip(1).bool()
+    features: list[torch.Tensor] = []
+    handle = model.get_submodule(name).register_forward_hook(lambda *args: features.append(args[2].detach().double()))
+    with torch.no_grad():
+        model(**inputs)
+    handle.remove()
+    target = features[0][:2][real[:2]].mean(0)
+    expected = (features[0][2:][real[2:]] - target).square().mean().item()
+    rfa = rfa_fast.patch(model, [name], rank=2, seed=0)
+    assert rfa.loss(inputs, labels, FORGET).forget_align.item() == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.parametrize("length", [3, 7])
 def test_a_decoders_layers_are_aligned_by_sample(length: int) -> None:
     model, (inputs, labels) = tiny_t5(), translation(length)

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from rfa_fast.data.collate import collate, collate_text
 from rfa_fast.data.datasets import size_of
-from rfa_fast.head import predicts_next_token
+from rfa_fast.head import is_encoder_decoder, predicts_next_token
 from rfa_fast.methods import checks
 from rfa_fast.methods.base import NonFiniteError, StepRecord
 from rfa_fast.methods.batches import IMAGE_BATCH, TEXT_BATCH
@@ -253,7 +253,9 @@ class _Epochs:
 
 
 def _loss(model: nn.Module, inputs: Tensor | dict[str, Tensor], labels: Tensor, device: torch.device) -> Tensor:
-    given = labels = real_labels(inputs, labels, shift=predicts_next_token(model))
+    given = labels = real_labels(
+        inputs, labels, shift=predicts_next_token(model), encoder_decoder=is_encoder_decoder(model)
+    )
     labels = labels.to(device)
     if isinstance(inputs, Mapping):
         moved = {k: v.to(device) for k, v in inputs.items()}

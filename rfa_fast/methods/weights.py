@@ -26,7 +26,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from rfa_fast.files import save_tensors
 from rfa_fast.forwards import flags_down
-from rfa_fast.head import predicts_next_token
+from rfa_fast.head import is_encoder_decoder, predicts_next_token
 from rfa_fast.loss import eval_behaviour
 from rfa_fast.methods.base import Batch, Method
 from rfa_fast.methods.losses import Rows, labelled_rows
@@ -134,7 +134,7 @@ class WeightsMethod(Method):
         """
         trained, batch_statistics = self._trained_layers(), self.options["train_mode"]
         modules = dict(self.model.named_modules())
-        norms = {n for n, m in modules.items() if isinstance(m, _BatchNorm) and m.running_mean is not None}
+        norms = {n for n, m in modules.items() if getattr(m, "running_mean", None) is not None}
         changed = {*trained, *norms} if batch_statistics else {*trained}
         return [*(name for name in trained if name not in modules), *(name for name in modules if name in changed)]
 
@@ -230,7 +230,8 @@ class WeightsMethod(Method):
     def _labelled(self, output: object, batch: Batch) -> Rows:
         shift = self.options["shift_labels"]
         shift = predicts_next_token(self.model) if shift is None else shift
-        labels = real_labels(batch.inputs, batch.labels, shift=shift)
+        another = is_encoder_decoder(self.model)
+        labels = real_labels(batch.inputs, batch.labels, shift=shift, encoder_decoder=another)
         return labelled_rows(logits_of(output), labels, batch.forget, shift=shift)
 
     def _no_step(self, batch: Batch, *names: str) -> dict[str, Tensor]:

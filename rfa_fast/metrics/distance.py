@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 
 from torch import Tensor, nn
 
+from rfa_fast.head import is_encoder_decoder
 from rfa_fast.metrics import passes
 from rfa_fast.metrics.meters import ActivationMeter, DivergenceMeter, FeatureMeter, FeatureNorm, TokenReduction
 from rfa_fast.metrics.passes import Batch, Loader, Progress
@@ -212,7 +213,7 @@ def _side_by_side(
     with passes.evaluating(model_a, model_b):
         places = passes.device_of(model_a), passes.device_of(model_b)
         shift = passes.shifts_labels(model_a, shift_labels)
-        for batch in passes.batches(loader, progress, shift=shift):
+        for batch in passes.batches(loader, progress, shift=shift, encoder_decoder=is_encoder_decoder(model_a)):
             logits_a, logits_b = (passes.forward(m, batch, p) for m, p in zip((model_a, model_b), places, strict=True))
             rows_a, _, item = passes.labelled_rows(logits_a, batch.labels, shift)
             add(rows_a, passes.labelled_rows(logits_b, batch.labels, shift)[0], item, batch)

@@ -108,13 +108,16 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
-def batches(loader: Loader, progress: Progress | None = None, *, shift: bool = False) -> Iterator[Batch]:
+def batches(
+    loader: Loader, progress: Progress | None = None, *, shift: bool = False, encoder_decoder: bool = False
+) -> Iterator[Batch]:
     """The loader's batches in one form, still on the CPU; see :func:`forward` for the move.
 
     Args:
         loader: yields `(inputs, labels)`, inputs a tensor or a keyword dict, or dicts with `labels`.
         progress: called with (batches done, batches in all) after each; 0 in all when unknown.
         shift: see :func:`shifts_labels`; then a text's first token behind padding has no label either.
+        encoder_decoder: labels are of another text than the attention mask.
 
     Raises:
         ValueError: the loader yields nothing.
@@ -127,7 +130,7 @@ def batches(loader: Loader, progress: Progress | None = None, *, shift: bool = F
     total = length(loader)
     index = -1
     for index, item in enumerate(loader):
-        yield _batch(index, item, shift)
+        yield _batch(index, item, shift=shift, encoder_decoder=encoder_decoder)
         if progress is not None:
             progress(index + 1, total)
     if index < 0:
@@ -280,7 +283,7 @@ def _recorder(name: str, calls: list[Tensor]) -> Callable[[nn.Module, object, ob
     return record
 
 
-def _batch(index: int, item: Any, shift: bool) -> Batch:
+def _batch(index: int, item: Any, **which: bool) -> Batch:
     inputs: Any
     if isinstance(item, Mapping):
         if "labels" not in item:
@@ -303,7 +306,7 @@ def _batch(index: int, item: Any, shift: bool) -> Batch:
         raise ValueError(f"labels: batch {index} has shape {tuple(labels.shape)}, expected (B,) or (B, T), B >= 1")
     mask = inputs.get("attention_mask") if isinstance(inputs, dict) else None
     mask = mask.detach().cpu() != 0 if isinstance(mask, Tensor) and mask.ndim == 2 else None
-    return Batch(index, inputs, real_labels(inputs, labels, shift=shift), mask)
+    return Batch(index, inputs, real_labels(inputs, labels, **which), mask)
 
 
 def _check_labels(batch: Batch, logits: Tensor) -> None:

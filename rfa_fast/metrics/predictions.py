@@ -20,6 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from rfa_fast.head import is_encoder_decoder
 from rfa_fast.metrics import passes
 from rfa_fast.metrics.min_k import MIN_K_DEFAULT, MIN_K_PERCENTS, least_likely
 from rfa_fast.metrics.passes import Loader, Observer, Progress
@@ -182,7 +183,7 @@ def predict(
     parts: dict[str, list[Tensor]] = {}
     with passes.evaluating(model, *(observer.models if observer is not None else ())):
         device, shift = passes.device_of(model), passes.shifts_labels(model, shift_labels)
-        for batch in passes.batches(loader, progress, shift=shift):
+        for batch in passes.batches(loader, progress, shift=shift, encoder_decoder=is_encoder_decoder(model)):
             features: dict[str, list[Tensor]] = {name: [] for name in (observer.layers() if observer else ())}
             with passes.captured(model, features, features):
                 logits = passes.forward(model, batch, device)
