@@ -78,8 +78,8 @@ class Prefix:
         for that is what a compiled graph asks of a module's forward. Inference mode does not count what is written
         into, and blocks compiled one by one take no handed tensors: both run the prefix twice.
         """
-        alone = any(block._compiled_call_impl is not None for block in self._blocks)
-        if not self._blocks or context.config.mode != "teacher" or alone or torch.is_inference_mode_enabled():
+        idle = not self._blocks or context.config.mode != "teacher" or torch.is_inference_mode_enabled()
+        if idle or any(block._compiled_call_impl is not None for block in self._blocks):
             yield
             return
         own = [block.__dict__.get("forward") for block in self._blocks]
@@ -101,7 +101,7 @@ class Prefix:
         The first time it does, for what the model does with what the blocks returned.
 
         Args:
-            aside: entered for that first time; see :func:`rfa_fast.head.standing_aside`.
+            aside: entered meanwhile; see :func:`rfa_fast.head.standing_aside`.
 
         Raises:
             TypeError: a last block that returns more than one tensor.

@@ -11,7 +11,7 @@ from rfa_fast.commands import options
 from rfa_fast.commands.alike import check_alike, without_weights
 from rfa_fast.commands.inputs import ForgetRequest, ModelRequest, load_data, prepare, settings_of
 from rfa_fast.commands.measure import Measured, Measuring, finish, scenario
-from rfa_fast.commands.method import refuse_typed
+from rfa_fast.commands.method import refuse_idle_length
 from rfa_fast.commands.shell import command_line, reported, results, say
 from rfa_fast.experiments.comparison import machine
 from rfa_fast.report import RunReport
@@ -78,8 +78,7 @@ def evaluate(
             raise ValueError(f"--against: got {', '.join(repeated)} twice, expected each model once")
         request = ModelRequest(model, weights, tokenizer, dtype, trust_remote_code, device)
         bundle = load_data(data, data_option or [], pad_to=pad_to, channels=channels)
-        if bundle.kind != "text":
-            refuse_typed(context, ("max_length",), f"with {bundle.kind}s", "--data of texts")
+        refuse_idle_length(context, bundle.kind)
         compared = [] if retrained is None else [("Retrain", "--retrained", retrained)]
         compared += [(name, "--against", name) for name in others]
         # Opened once before anything is measured, one at a time, and once more to be measured.

@@ -90,6 +90,16 @@ def refuse_idle_classes(context: typer.Context, model: str) -> None:
         refuse_typed(context, ("classes",), f"with {model}", "torchvision:NAME: others say how many outputs they have")
 
 
+def refuse_idle_length(context: typer.Context, kind: str) -> None:
+    """Raise for `--max-length` beside data of another kind than text.
+
+    Raises:
+        ValueError: it was typed, and the data are `kind`s.
+    """
+    if kind != "text":
+        refuse_typed(context, ("max_length",), f"with {kind}s", "--data of texts")
+
+
 def _was_typed(context: typer.Context, flag: str) -> bool:
     source = context.get_parameter_source(flag)
     return source is not None and source.name == "COMMANDLINE"

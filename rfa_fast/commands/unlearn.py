@@ -18,7 +18,7 @@ from rfa_fast.commands import options
 from rfa_fast.commands.alike import check_alike
 from rfa_fast.commands.inputs import ForgetRequest, ModelRequest, Prepared, load_data, prepare, settings_of
 from rfa_fast.commands.measure import REPORT_JSON, REPORT_PAGE, Measured, Measuring, finish, scenario
-from rfa_fast.commands.method import METHOD_NAMES, method_options, refuse_typed
+from rfa_fast.commands.method import METHOD_NAMES, method_options, refuse_idle_length
 from rfa_fast.commands.shell import command_line, reported, results, say
 from rfa_fast.experiments.comparison import machine
 from rfa_fast.methods import METHODS, NonFiniteError, UnlearnInterrupted, UnlearnResult, hash_model
@@ -193,8 +193,7 @@ def unlearn(
         _refuse_other_run(output, resume=resume)
         request = ModelRequest(model, weights, tokenizer, dtype, trust_remote_code, device)
         bundle = load_data(data, data_option or [], pad_to=pad_to, channels=channels)
-        if bundle.kind != "text":
-            refuse_typed(context, ("max_length",), f"with {bundle.kind}s", "--data of texts")
+        refuse_idle_length(context, bundle.kind)
         opened = request.open(len(bundle.classes))
         prepared = prepare(bundle, forget, opened, max_length=max_length, channels=channels)
         for note in prepared.notes:
