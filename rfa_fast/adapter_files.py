@@ -22,14 +22,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from rfa_fast.base_weights import same_base
 from rfa_fast.files import full_disk_as_os_error
 from rfa_fast.peft_format import RFA_ONLY, LoraSettings, Pair, from_keys, read_json, read_settings, to_keys
 
 CONFIG, WEIGHTS, RECORD = "adapter_config.json", "adapter_model.safetensors", "rfa_config.json"
 PICKLE = "adapter_model.bin"
 FORMAT = 1
-
-_SAMPLES = 4096
 
 
 @dataclass(frozen=True)
@@ -108,22 +107,6 @@ def read_folder(folder: Path) -> Saved:
     return Saved(folder, settings, from_keys(folder / WEIGHTS, tensors, dora=settings.dora), record)
 
 
-def fingerprint(weight: Tensor) -> str:
-    """Hash of a weight's shape and of up to 8,191 evenly spaced elements.
-
-    The elements are rounded to bf16 first, so that the same model loaded at another precision is the same.
-
-    Example:
-        >>> fingerprint(torch.ones(2, 3)) == fingerprint(torch.ones(2, 3, dtype=torch.bfloat16))
-        True
-        >>> fingerprint(torch.ones(2, 3)) == fingerprint(torch.ones(3, 2))
-        False
-    """
-    flat = weight.detach().reshape(-1)
-    sample = flat[:: max(1, flat.numel() // _SAMPLES)].to(torch.bfloat16).float().cpu()
-    return hashlib.sha256(repr(tuple(weight.shape)).encode() + sample.numpy().tobytes()).hexdigest()
-
-
 def _check_free(folder: Path, base: Mapping[str, Any], overwrite: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder}: got a file, expected a folder or a new name")
@@ -133,7 +116,7 @@ def _check_free(folder: Path, base: Mapping[str, Any], overwrite: bool) -> None:
     whose = "an adapter that another program wrote"
     if RECORD in held:
         other = read_json(folder / RECORD).get("base")
-        if other == base:
+        if isinstance(other, dict) and same_base(other, base):
             return
         owner = other.get("class") if isinstance(other, dict) else "an unknown model"
         whose = f"an adapter of {owner} with other layers or other frozen weights"

@@ -22,7 +22,8 @@ import torch
 from torch import nn
 
 from rfa_fast import targets
-from rfa_fast.adapter_files import CONFIG, RECORD, WEIGHTS, Saved, fingerprint, read_folder, write_folder
+from rfa_fast.adapter_files import CONFIG, RECORD, WEIGHTS, Saved, read_folder, write_folder
+from rfa_fast.base_weights import describe_weights, other_weights
 from rfa_fast.config import RFAConfig
 from rfa_fast.names import canonical_names, hidden_child
 from rfa_fast.peft_format import LORA, RFA_ONLY, Pair, peft_differs, peft_misroutes, write_settings
@@ -93,7 +94,7 @@ def save_adapter(rfa: RFA, directory: str | os.PathLike[str], *, overwrite: bool
         "layers": {name: {"rank": layer.rank, "alpha": layer.alpha} for name, layer in layers.items()},
         "base": {
             "class": type(model).__name__,
-            "weights": {name: fingerprint(layer.weight) for name, layer in layers.items()},
+            **describe_weights({name: layer.weight for name, layer in layers.items()}),
         },
         "refused_by_peft": refused,
     }
@@ -326,12 +327,12 @@ def _check_pair(saved: Saved, name: str, module: nn.Module, pair: Pair, rank: in
 
 
 def _check_base(model: nn.Module, saved: Saved, actual: Mapping[str, str]) -> None:
-    weights = (saved.record or {}).get("base", {}).get("weights")
+    base = (saved.record or {}).get("base", {})
+    weights = base.get("weights")
     if not isinstance(weights, dict):
         raise ValueError(f"{saved.folder / RECORD}: base.weights: got {weights!r}, expected a hash per layer")
-    known = {name: actual[name] for name in weights if name in actual}
-    other = [n for n in known if fingerprint(model.get_submodule(known[n]).get_parameter("weight")) != weights[n]]
-    if other:
+    known = {name: model.get_submodule(actual[name]).get_parameter("weight") for name in weights if name in actual}
+    if other := other_weights(base, describe_weights(known)):
         raise ValueError(
             f"{saved.folder}: got an adapter trained on other weights: {len(other)} of {len(weights)} layers differ, "
             f"the first {other[0]!r} (another checkpoint, or the adapter is merged in already); pass check_base=False "

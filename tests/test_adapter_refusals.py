@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -157,6 +158,33 @@ def test_an_adapter_that_is_merged_in_already(tmp_path):
 def test_the_same_base_at_another_precision(tmp_path):
     ours(tmp_path)
     assert rfa_fast.load(net().bfloat16(), tmp_path).names == ("conv", "blocks.0", "head")
+
+
+@pytest.mark.parametrize("saved", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("loaded", [torch.float16, torch.bfloat16, torch.float32])
+def test_the_same_base_in_fp16(tmp_path, saved, loaded):
+    """Weights as small as a large model's, of which many are subnormal in fp16."""
+    base = net()
+    with torch.no_grad():
+        base.blocks[0].weight *= 1e-5
+    names, options = ["conv", "blocks.0", "head"], {"rank": 2, "seed": 0}
+    rfa = rfa_fast.patch(copy.deepcopy(base).to(saved), names, **options)
+    rfa.save(tmp_path)
+    assert rfa_fast.load(copy.deepcopy(base).to(loaded), tmp_path).names == tuple(names)
+    again = rfa_fast.patch(copy.deepcopy(base).to(loaded), names, **options)
+    again.save(tmp_path)  # replaces it without being asked twice
+    with torch.no_grad():
+        base.head.weight *= 1.01
+    refuses(tmp_path, ValueError, "1 of 3 layers differ, the first 'head'", copy.deepcopy(base).to(saved))
+
+
+def test_elements_that_were_changed_leave_the_hash_to_decide(tmp_path):
+    ours(tmp_path)
+    record = json.loads((tmp_path / RECORD).read_text())
+    for elements in (None, {}, {"head": 3}, {"head": {"dtype": "float99"}}, {"head": {"dtype": "float32"}}):
+        (tmp_path / RECORD).write_text(json.dumps(record | {"base": record["base"] | {"elements": elements}}))
+        assert rfa_fast.load(net(), tmp_path).names == ("conv", "blocks.0", "head")
+        refuses(tmp_path, ValueError, "trained on other weights", net().half())
 
 
 def test_a_patched_model(tmp_path):
