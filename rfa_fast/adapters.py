@@ -25,7 +25,7 @@ from rfa_fast import targets
 from rfa_fast.adapter_files import CONFIG, RECORD, WEIGHTS, Saved, read_folder, write_folder
 from rfa_fast.base_weights import describe_weights, other_weights
 from rfa_fast.config import RFAConfig
-from rfa_fast.names import canonical_names, hidden_child
+from rfa_fast.names import canonical_names, unwrapped
 from rfa_fast.peft_format import LORA, RFA_ONLY, Pair, peft_differs, peft_misroutes, write_settings
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def save_adapter(rfa: RFA, directory: str | os.PathLike[str], *, overwrite: bool
         ...     sorted(path.name for path in save_adapter(rfa, folder).iterdir())
         ['adapter_config.json', 'adapter_model.safetensors', 'rfa_config.json']
     """
-    folder, model, plain = Path(directory), _unwrapped(rfa.model), canonical_names(rfa.model)
+    folder, model, plain = Path(directory), unwrapped(rfa.model), canonical_names(rfa.model)
     layers = {plain[name]: layer for name, layer in rfa.layers.items()}
     if not layers or not all("lora_a" in layer._parameters for layer in layers.values()):
         raise ValueError("rfa: got a model whose adapters were merged or removed; save before merge() or remove()")
@@ -175,12 +175,6 @@ def load(model: nn.Module, directory: str | os.PathLike[str], *, check_base: boo
     return rfa
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
-    child = hidden_child(model)
-    inner = None if child is None else model._modules.get(child)
-    return model if inner is None else _unwrapped(inner)
-
-
 def _without_leaks(name: str, known: Mapping[str, str]) -> str:
     """A saved name as the model knows it, when a wrapper's prefix was saved with it."""
     cleaned = ".".join(part for part in name.split(".") if part not in _LEAKED)
@@ -235,7 +229,7 @@ def _check_names(model: nn.Module, saved: Saved, pairs: Mapping[str, Pair], actu
     if unknown:
         raise ValueError(
             f"{saved.folder}: got an adapter of another model: {len(unknown)} of its {len(pairs)} layers are not in "
-            f"this {type(_unwrapped(model)).__name__}, the first {unknown[0]!r}; {_near(unknown[0], layers)}"
+            f"this {type(unwrapped(model)).__name__}, the first {unknown[0]!r}; {_near(unknown[0], layers)}"
         )
     for name in pairs:
         if name not in layers:

@@ -21,6 +21,7 @@ from rfa_fast.functional import HeadLoss, rfa_head_loss
 from rfa_fast.groups import Batch, GroupContext
 from rfa_fast.handed import version
 from rfa_fast.modules import RFALayer
+from rfa_fast.names import unwrapped
 from rfa_fast.objective import FORGET, IGNORE, IGNORED_LABEL, RETAIN, TaskSums, check_range, mean_prediction, task_sums
 from rfa_fast.padding import without_padding
 from rfa_fast.targets import inherits_forward, output_embeddings
@@ -42,7 +43,7 @@ def predicts_next_token(model: nn.Module) -> bool:
         >>> predicts_next_token(nn.Linear(2, 2))
         False
     """
-    can_generate = getattr(model, "can_generate", None)
+    can_generate = getattr(unwrapped(model), "can_generate", None)
     if not callable(can_generate) or not can_generate():
         return False
     return not is_encoder_decoder(model)
@@ -55,7 +56,7 @@ def is_encoder_decoder(model: nn.Module) -> bool:
         >>> is_encoder_decoder(nn.Linear(2, 2))
         False
     """
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    return bool(getattr(getattr(unwrapped(model), "config", None), "is_encoder_decoder", False))
 
 
 def check_labels(labels: Tensor, size: int, device: torch.device) -> None:
@@ -106,17 +107,17 @@ def logits_and_task(
     head = head_aside(model, labels, context)
     if head is not None:
         if context.head_is_aside:
-            hidden: Tensor | None = _logits(_run(model, inputs))
+            hidden: Tensor | None = logits_of(_run(model, inputs))
         else:
             with standing_aside(head) as seen:
-                output = _logits(_run(model, inputs))
+                output = logits_of(_run(model, inputs))
             untouched = len(seen) == 1 and output is seen[0][0] and version(output) == seen[0][1]
             hidden = output if untouched else None
         if hidden is not None:
             return _fused(head, hidden, labels, batch, context, fallback, shift)
         context.head_stands_aside = False
         return None
-    logits = _logits(_run(model, inputs))
+    logits = logits_of(_run(model, inputs))
     if labels.ndim == 2:
         _check_length(labels, logits)
         rows, codes = _token_rows(labels, batch, shift)
@@ -226,8 +227,16 @@ def _run(model: nn.Module, inputs: Tensor | Mapping[str, Any]) -> object:
     return model(inputs) if isinstance(inputs, Tensor) else model(**inputs)
 
 
-def _logits(output: object) -> Tensor:
-    """The logits of whatever a model returns: a tensor, `.logits`, `["logits"]`, or the first of a tuple."""
+def logits_of(output: object) -> Tensor:
+    """The logits of whatever a model returns: a tensor, `.logits`, `["logits"]`, or the first of a tuple.
+
+    Raises:
+        TypeError: none of these.
+
+    Example:
+        >>> logits_of((torch.zeros(2, 3), "more")).shape
+        torch.Size([2, 3])
+    """
     found: object = output
     if not isinstance(output, Tensor):
         found = getattr(output, "logits", None)

@@ -41,3 +41,15 @@ def hidden_child(module: nn.Module) -> str | None:
         ('module', None)
     """
     return next((_WRAPPERS[c.__name__] for c in type(module).__mro__ if c.__name__ in _WRAPPERS), None)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model itself, which has the configuration and the methods that a wrapper does not pass on.
+
+    Example:
+        >>> unwrapped(nn.DataParallel(nn.Linear(1, 1)))
+        Linear(in_features=1, out_features=1, bias=True)
+    """
+    child = hidden_child(model)
+    inner = None if child is None else model._modules.get(child)
+    return model if inner is None else unwrapped(inner)

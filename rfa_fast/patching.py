@@ -33,7 +33,7 @@ from rfa_fast.loss import (
 )
 from rfa_fast.merging import fold_into_weights, warn_of_rounding
 from rfa_fast.modules import RFALayer
-from rfa_fast.names import canonical_names
+from rfa_fast.names import canonical_names, unwrapped
 from rfa_fast.objective import RFALoss, combine
 from rfa_fast.ops import backends
 from rfa_fast.padding import Inputs
@@ -240,7 +240,7 @@ class RFA:
             0
         """
         self._check_enabled()
-        tokens_by_input = getattr(self.model, "main_input_name", None) == "input_ids"
+        tokens_by_input = getattr(unwrapped(self.model), "main_input_name", None) == "input_ids"
         by_token = token_units(self.config, tokens_by_input or (valid is not None and valid.ndim == 2))
         batch = make_batch(forget, valid, device=self._device(), token_units=by_token)
         with ExitStack() as stack:

@@ -16,6 +16,8 @@ from typing import Literal
 
 from torch import nn
 
+from rfa_fast.names import unwrapped
+
 Kind = Literal["linear", "conv2d", "conv1d"]
 Targets = str | Sequence[str] | Callable[[str, nn.Module], bool]
 
@@ -285,8 +287,8 @@ class _Obstacles:
 
 
 def output_embeddings(model: nn.Module) -> nn.Module | None:
-    """A transformers model's language-model head, or `None`."""
-    getter = getattr(model, "get_output_embeddings", None)
+    """A transformers model's language-model head, that of a wrapped one too, or `None`."""
+    getter = getattr(unwrapped(model), "get_output_embeddings", None)
     found = getter() if callable(getter) else None
     return found if isinstance(found, nn.Module) else None
 

@@ -6,6 +6,7 @@ import warnings
 
 from torch import nn
 
+from rfa_fast.names import unwrapped
 from rfa_fast.targets import Target
 
 
@@ -22,7 +23,7 @@ class Undo:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._config: object = getattr(model, "config", None)
+        self._config: object = getattr(unwrapped(model), "config", None)
         self._requires_grad = [(p, p.requires_grad) for p in model.parameters()]
         self._training = [(m, m.training) for m in model.modules()]
         # The operators keep a layer's output for the backward: an activation must not overwrite it.

@@ -10,6 +10,8 @@ from step_cases import tiny_language_model
 from torch import Tensor, nn
 
 import rfa_fast
+from rfa_fast.head import output_layer
+from rfa_fast.methods.retrain import _loss
 
 IDS = torch.randint(5, 60, (4, 7), generator=torch.Generator().manual_seed(3))
 FORGET = torch.tensor([False, False, True, True])
@@ -77,3 +79,35 @@ def test_a_refused_batch_within_another_leaves_the_outer_one() -> None:
             pass
         net(torch.ones(2, 4))
         assert rfa.alignment_loss().ndim == 0
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.optim.swa_utils.AveragedModel],
+                         ids=["DataParallel", "AveragedModel"])  # fmt: skip
+def test_a_wrapped_language_model_is_one(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    """A wrapper hides the configuration: its labels were not shifted, and whole logits were taken."""
+    plain = rfa_fast.patch(tiny_language_model(), "deep", rank=2, seed=0).loss({"input_ids": IDS}, IDS, FORGET)
+    wrapped = wrap(tiny_language_model())
+    before = evaluate(wrapped)
+    assert before == pytest.approx(evaluate(tiny_language_model()), rel=1e-6)
+    rfa = rfa_fast.patch(wrapped, "deep", rank=2, seed=0)
+    found = rfa.loss({"input_ids": IDS}, IDS, FORGET)
+    for name in ("total", "retain_task", "forget_task", "forget_align"):
+        assert getattr(found, name).item() == pytest.approx(getattr(plain, name).item(), rel=1e-6), name
+    with rfa.groups(FORGET):
+        wrapped(input_ids=IDS)
+        assert rfa.alignment_loss().item() == pytest.approx(rfa.config.gamma / len(rfa.names) * plain.align.item())
+    assert output_layer(wrapped, rfa._context) is not None
+
+
+def evaluate(model: nn.Module) -> float:
+    batches = [{"input_ids": IDS, "labels": IDS, "attention_mask": torch.ones_like(IDS)}]
+    return rfa_fast.metrics.perplexity(model, batches)
+
+
+def test_a_wrapped_language_model_is_trained_as_one() -> None:
+    ids, mask = IDS[:2], torch.ones_like(IDS[:2])
+    losses = [
+        _loss(model, {"input_ids": ids, "attention_mask": mask}, ids, torch.device("cpu")).item()
+        for model in (tiny_language_model().eval(), nn.DataParallel(tiny_language_model()).eval())
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)

@@ -31,8 +31,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from rfa_fast.experiments.sharing import labelled_rows, sharing_copy
+from rfa_fast.head import logits_of
 from rfa_fast.methods.weights import call
-from rfa_fast.metrics.passes import logits_of
 from rfa_fast.targets import output_embeddings
 
 Shapes = dict[str, tuple[int, ...]]

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 
 from rfa_fast.experiments.rivals import StepBatch
 from rfa_fast.experiments.sharing import sharing_copy
-from rfa_fast.head import predicts_next_token
+from rfa_fast.head import logits_of, predicts_next_token
 from rfa_fast.methods.weights import call
-from rfa_fast.metrics.passes import logits_of
 from rfa_fast.metrics.shapes_only import DependsOnValues, fake_copy, shapes_only
 
 DEFAULT_LENGTH, DEFAULT_IMAGE = 256, 224

@@ -30,8 +30,8 @@ from torch.nn import functional as F
 
 from rfa_fast.experiments.floor import Floor, floor_of
 from rfa_fast.experiments.sharing import quiet, sharing_copy
+from rfa_fast.head import logits_of
 from rfa_fast.methods.weights import call
-from rfa_fast.metrics.passes import logits_of
 from rfa_fast.patching import RFA, patch
 from rfa_fast.targets import Targets, select
 

@@ -29,9 +29,8 @@ from torch.nn import functional as F
 from rfa_fast.config import RFAConfig
 from rfa_fast.experiments.rivals import Contender, Setting, StepBatch, task_loss
 from rfa_fast.experiments.sharing import labelled_rows, quiet, sharing_copy
-from rfa_fast.head import predicts_next_token
+from rfa_fast.head import logits_of, predicts_next_token
 from rfa_fast.methods.weights import call
-from rfa_fast.metrics.passes import logits_of
 from rfa_fast.padding import batch_of
 from rfa_fast.ranks import fit_ranks
 from rfa_fast.targets import select

@@ -18,6 +18,7 @@ from torch.utils.data import Subset
 
 from rfa_fast.methods.base import Batch
 from rfa_fast.metrics.passes import eval_mode, evaluating
+from rfa_fast.names import unwrapped
 from rfa_fast.objective import IGNORED_LABEL
 from rfa_fast.targets import output_embeddings
 
@@ -128,7 +129,7 @@ def device_of(model: nn.Module, device: str | torch.device | None) -> torch.devi
 
 def pad_token_id(model: nn.Module) -> int:
     """The model's own padding token, 0 when it names none; padded places are masked whatever it is."""
-    value = getattr(getattr(model, "config", None), "pad_token_id", None)
+    value = getattr(getattr(unwrapped(model), "config", None), "pad_token_id", None)
     return value if isinstance(value, int) else 0
 
 
@@ -149,7 +150,7 @@ def class_count(model: nn.Module, example: tuple[Any, Tensor] | None) -> int | N
     if example is None:
         return None
     inputs, labels = example
-    config = getattr(model, "config", None)
+    config = getattr(unwrapped(model), "config", None)
     if config is not None:
         weight = getattr(output_embeddings(model), "weight", None) if labels.ndim > 1 else None
         value = weight.shape[0] if isinstance(weight, Tensor) else getattr(config, "num_labels", None)

@@ -30,6 +30,7 @@ from rfa_fast.methods.parts import Parts, parts
 from rfa_fast.methods.progress import ProgressReport
 from rfa_fast.methods.schedule import Schedule, check_schedule, learning_rates, steps_in_all
 from rfa_fast.methods.seeding import derive_seed, isolated_generators, seed_generators
+from rfa_fast.names import unwrapped
 from rfa_fast.objective import IGNORED_LABEL
 from rfa_fast.padding import real_labels
 
@@ -259,7 +260,7 @@ def _loss(model: nn.Module, inputs: Tensor | dict[str, Tensor], labels: Tensor, 
     labels = labels.to(device)
     if isinstance(inputs, Mapping):
         moved = {k: v.to(device) for k, v in inputs.items()}
-        if hasattr(model, "config"):
+        if hasattr(unwrapped(model), "config"):
             output = model(**moved, labels=labels)
             loss = getattr(output, "loss", None)
             if isinstance(loss, Tensor):

@@ -26,14 +26,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from rfa_fast.files import save_tensors
 from rfa_fast.forwards import flags_down
-from rfa_fast.head import is_encoder_decoder, predicts_next_token
+from rfa_fast.head import is_encoder_decoder, logits_of, predicts_next_token
 from rfa_fast.loss import eval_behaviour
 from rfa_fast.methods.base import Batch, Method
 from rfa_fast.methods.losses import Rows, labelled_rows
 from rfa_fast.methods.options import Option, complete, flag, placement
 from rfa_fast.methods.placement import check_trainable, parameters_of
 from rfa_fast.methods.start import named_state
-from rfa_fast.metrics.passes import logits_of
 from rfa_fast.padding import real_labels
 from rfa_fast.undo import Undo
 

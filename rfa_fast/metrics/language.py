@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rfa_fast.head import logits_of
 from rfa_fast.metrics import passes
 from rfa_fast.metrics.passes import Loader, Progress
 from rfa_fast.metrics.predictions import Predictions, predict
@@ -121,7 +122,7 @@ def generate_text(model: nn.Module, tokenizer: Any, prompt: str, max_new_tokens:
     with passes.evaluating(model):
         for new in range(max_new_tokens):
             output = model(input_ids=unread, attention_mask=torch.ones_like(ids), **cache)
-            last = passes.logits_of(output)[:, -1].float()
+            last = logits_of(output)[:, -1].float()
             if not bool(last.logsumexp(-1).isfinite().all()):
                 raise FloatingPointError(f"model: NaN or infinite logits at new token {new}, expected finite numbers")
             token = last.argmax(-1)

@@ -18,7 +18,7 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from rfa_fast.head import predicts_next_token
+from rfa_fast.head import logits_of, predicts_next_token
 from rfa_fast.objective import IGNORED_LABEL
 from rfa_fast.padding import real_labels
 
@@ -148,7 +148,7 @@ def length(loader: Loader) -> int:
 
 
 def forward(model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
-    """The model's logits of one batch; see :func:`logits_of`.
+    """The model's logits of one batch; see :func:`rfa_fast.head.logits_of`.
 
     Raises:
         TypeError: the model returns none.
@@ -185,29 +185,6 @@ def shifts_labels(model: nn.Module, option: bool | None) -> bool:
         (False, True)
     """
     return predicts_next_token(model) if option is None else option
-
-
-def logits_of(output: object) -> Tensor:
-    """The logits of whatever a model returns: a tensor, `.logits`, `["logits"]`, or the first of a tuple.
-
-    Raises:
-        TypeError: none of these.
-
-    Example:
-        >>> logits_of((torch.zeros(2, 3), "more")).shape
-        torch.Size([2, 3])
-    """
-    found: object = output
-    if not isinstance(output, Tensor):
-        found = getattr(output, "logits", None)
-        if found is None and isinstance(output, Mapping):
-            found = output.get("logits")
-        if found is None and isinstance(output, tuple) and output:
-            found = output[0]
-    if not isinstance(found, Tensor):
-        got = type(output).__name__
-        raise TypeError(f"model: got an output of {got}, expected logits: a tensor or an object with .logits")
-    return found
 
 
 def labelled_rows(logits: Tensor, labels: Tensor, shift: bool) -> tuple[Tensor, Tensor, Tensor]:
