@@ -176,7 +176,7 @@ def save_model(model: nn.Module, folder: str | os.PathLike[str], tokenizer: Any 
     partial.mkdir(parents=True)
     try:
         if _is_transformers(model):
-            with _without_bars(), full_disk_as_os_error(target):
+            with without_bars(), full_disk_as_os_error(target):
                 model.save_pretrained(partial)  # type: ignore[operator]
             if tokenizer is not None:
                 tokenizer.save_pretrained(partial)
@@ -217,7 +217,7 @@ def _from_folder(folder: Path, dtype: str, *, trust_remote_code: bool) -> nn.Mod
 
     options = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": trust_remote_code}
     try:
-        with _without_bars():
+        with without_bars():
             model, info = getattr(transformers, name).from_pretrained(
                 folder, dtype="auto" if dtype == "auto" else _DTYPES[dtype], output_loading_info=True, **options
             )
@@ -326,8 +326,15 @@ def _is_transformers(model: nn.Module) -> bool:
 
 
 @contextmanager
-def _without_bars() -> Iterator[None]:
-    """No bar of transformers' for reading a file; its setting is as before afterwards."""
+def without_bars() -> Iterator[None]:
+    """No bar of transformers' for reading a file; its setting is as before afterwards.
+
+    Example:
+        >>> from transformers.utils import logging
+        >>> with without_bars():
+        ...     logging.is_progress_bar_enabled()
+        False
+    """
     from transformers.utils import logging
 
     was = logging.is_progress_bar_enabled()

