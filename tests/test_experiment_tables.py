@@ -23,7 +23,7 @@ from rfa_fast.experiments.tables.columns import measured_metrics
 from rfa_fast.experiments.tables.outputs import as_csv, as_latex, as_markdown
 from rfa_fast.experiments.tables.pairs import PAIRS, find_pairs, recipe_words
 from rfa_fast.experiments.tables.paper_figures import paper_figures
-from rfa_fast.experiments.tables.plan import Block, Choice, PlannedRow, Sizes, blocks_of, units_of
+from rfa_fast.experiments.tables.plan import Block, Choice, PlannedRow, Sizes, blocks_of, left_out, units_of
 from rfa_fast.experiments.tables.presence import missing
 from rfa_fast.experiments.tables.results import block_result, gap_summaries
 from rfa_fast.experiments.tables.rows import ROWS
@@ -312,7 +312,12 @@ def test_what_is_measured_is_spaced_and_begins_with_the_samples_of_feature_dista
         ({"scenarios": ("class",)}, "expected class:NAME"),
         ({"pairs": ()}, "got none"),
         ({"tables": ("table4",)}, "perplexity"),
-        ({"tables": ("fig5",), "methods": ("rfa-head",)}, "rfa-head for fig5, expected rows whose layers"),
+        (
+            {"tables": ("fig5",), "methods": ("rfa-head",)},
+            "rfa-head for fig5, expected rows whose targets it may choose: neggrad",
+        ),
+        ({"tables": ("fig6",), "methods": ("finetune",)}, "finetune for fig6, expected rows whose gamma it may choose"),
+        ({"tables": ("table1", "fig6"), "methods": ("npo",)}, "got npo for digits/digits-net, expected rows"),
         ({"methods": ("npo", "rfa-residual")}, "got npo for digits/digits-net, expected rows for such data"),
     ],
     ids=[
@@ -324,12 +329,34 @@ def test_what_is_measured_is_spaced_and_begins_with_the_samples_of_feature_dista
         "no pair",
         "wrong data",
         "layers",
+        "option",
+        "no table",
         "one of two",
     ],
 )
 def test_a_plan_that_cannot_be_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         blocks_of(replace(Choice(("table1",), (DIGITS,)), **changes))
+
+
+def test_of_several_tables_each_takes_the_methods_that_it_can() -> None:
+    pairs = (DIGITS, "trivia/smollm2")
+    choice = Choice(("table1", "table4", "table14", "fig6"), pairs, methods=("finetune", "npo", "rfa-teacher"))
+    blocks = blocks_of(choice)
+    rows: dict[str, set[str]] = {}
+    for block in blocks:
+        rows.setdefault(block.table.name, set()).update(row.spec.base or row.spec.name for row in block.rows)
+    assert rows == {
+        "table1": {"finetune", "rfa-teacher"},
+        "table4": {"finetune", "npo", "rfa-teacher"},
+        "table14": {"finetune", "rfa-teacher"},
+        "fig6": {"rfa-teacher"},
+    }
+    assert left_out(blocks, choice) == []
+    alone = replace(choice, methods=("finetune",))
+    assert left_out(blocks_of(alone), alone) == ["fig6"]
+    everything = replace(choice, methods=None)
+    assert left_out(blocks_of(everything), everything) == []
 
 
 def test_unknown_names_list_the_known_ones() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from rfa_fast.experiments.tables.pairs import PAIRS, Pair
 from rfa_fast.experiments.tables.rows import ROWS, RowSpec
+from rfa_fast.methods import method_settings
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ class TableSpec:
         """The rows on a pair: of the chosen ones, or of the table's own, those defined for it; of a sweep, all values.
 
         Raises:
-            ValueError: none of the chosen rows is defined for the pair's kind, or one has the layers that are varied.
+            ValueError: none of the chosen rows is defined for the pair's kind, or one has what is varied by itself or
+                not at all.
 
         Example:
             >>> [row.label for row in TABLES["table14"].row_specs(PAIRS["digits/digits-net"])]
@@ -81,9 +83,11 @@ class TableSpec:
         bases = [replace(row, paper=self.beside.get(row.name, row.paper)) for row in bases if pair.kind in row.kinds]
         if self.sweep is None:
             return bases
-        if self.sweep.option == "targets" and (heads := [row.name for row in bases if row.head_only]):
+        if unable := [row.name for row in bases if not self.takes(row)]:
+            known = ", ".join(row.name for row in ROWS.values() if pair.kind in row.kinds and self.takes(row))
             raise ValueError(
-                f"methods: got {', '.join(heads)} for {self.name}, expected rows whose layers it may choose"
+                f"methods: got {', '.join(unable)} for {self.name}, expected rows whose {self.sweep.option} it may "
+                f"choose: {known}"
             )
         found = []
         for base in bases:
@@ -92,6 +96,19 @@ class TableSpec:
                 label = f"{prefix}{self.sweep.symbol}{value}"
                 found.append(base.with_option(self.sweep.option, value, label, paper))
         return found
+
+    def takes(self, row: RowSpec) -> bool:
+        """Whether a row leaves open what the table varies.
+
+        Example:
+            >>> TABLES["fig6"].takes(ROWS["rfa-teacher"]), TABLES["fig6"].takes(ROWS["finetune"])
+            (True, False)
+        """
+        if self.sweep is None:
+            return True
+        if self.sweep.option == "targets" and row.head_only:
+            return False
+        return self.sweep.option in ("lr", *method_settings({"method": row.method}))
 
 
 def _pairs(kind: str, model: str = "") -> tuple[str, ...]:

@@ -24,7 +24,7 @@ from rfa_fast.experiments.tables.catalogue import TABLES, TableSpec
 from rfa_fast.experiments.tables.forecast import Forecaster, words
 from rfa_fast.experiments.tables.outputs import write_files
 from rfa_fast.experiments.tables.pairs import PAIRS, Pair, find_pairs
-from rfa_fast.experiments.tables.plan import Block, Choice, Sizes, Unit, blocks_of, idle_settings, units_of
+from rfa_fast.experiments.tables.plan import Block, Choice, Sizes, Unit, blocks_of, idle_settings, left_out, units_of
 from rfa_fast.experiments.tables.presence import all_missing
 from rfa_fast.experiments.tables.processes import compute
 from rfa_fast.experiments.tables.results import BlockResult, block_result, gap_summaries
@@ -146,6 +146,8 @@ def _run(
         shop = Workshop(choice, say=_unsaid, progress=progress)
         _check(units, shop)
         forecaster.choice, forecaster.units, forecaster.shop = choice, units, shop
+    if without := left_out(blocks, choice):
+        say(f"Left out, as they are for none of the methods chosen: {', '.join(without)}.")
     if idle := idle_settings(blocks, choice.overrides):
         say(f"Set, but no row here is of it: {', '.join(idle)}.")
     for line in size_lines(choice, forecaster):

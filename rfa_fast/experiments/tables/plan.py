@@ -214,22 +214,43 @@ def blocks_of(choice: Choice) -> list[Block]:
     _check_here(chosen)
     for table in (TABLES[name] for name in choice.tables):
         for pair in _pairs_of(table, choice):
+            mine = chosen
+            if chosen is not None and len(choice.tables) > 1:
+                mine = tuple(row for row in chosen if pair.kind in row.kinds and table.takes(row))
+                if not mine:
+                    continue
             metrics = _metrics(table, pair, choice)
-            rows = tuple(choice.planned(_repeated(row, choice), table.epochs) for row in table.row_specs(pair, chosen))
+            rows = tuple(choice.planned(_repeated(row, choice), table.epochs) for row in table.row_specs(pair, mine))
             found += [Block(table, pair, text, rows, metrics) for text in choice.scenarios or _own(table, pair, choice)]
-    if not found:
-        raise ValueError(
-            f"tables: {', '.join(choice.tables)} has no scenario for {', '.join(choice.pairs)}, expected other data or "
-            "--scenario"
-        )
     shown = {row.spec.base or row.spec.name for block in found for row in block.rows}
     if left := [row.name for row in chosen or () if row.name not in shown]:
         raise ValueError(
             f"methods: got {', '.join(left)} for {', '.join(choice.pairs)}, expected rows for such data; --list has "
             "them all"
         )
+    if not found:
+        raise ValueError(
+            f"tables: {', '.join(choice.tables)} has no scenario for {', '.join(choice.pairs)}, expected other data or "
+            "--scenario"
+        )
     _check_overrides(found, choice.overrides)
     return found
+
+
+def left_out(blocks: Sequence[Block], choice: Choice) -> list[str]:
+    """The tables meant for the pairs chosen that none of the methods chosen is for.
+
+    Of several tables each takes the rows it can; one by itself says what it expects.
+
+    Example:
+        >>> choice = Choice(("table14", "fig6"), ("digits/digits-net",), methods=("finetune",))
+        >>> left_out(blocks_of(choice), choice)
+        ['fig6']
+    """
+    if choice.methods is None:
+        return []
+    shown = {block.table.name for block in blocks}
+    return [name for name in choice.tables if name not in shown and _pairs_of(TABLES[name], choice)]
 
 
 def units_of(blocks: Sequence[Block], choice: Choice) -> list[Unit]:
