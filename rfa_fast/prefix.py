@@ -94,14 +94,18 @@ class Prefix:
             context.prefix_outputs = {}
 
     def run(
-        self, model: nn.Module, inputs: Tensor | Mapping[str, Any], aside: AbstractContextManager[Any] | None = None
+        self,
+        model: nn.Module,
+        inputs: Tensor | Mapping[str, Any],
+        aside: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> Tensor:
         """The output of the prefix for a batch, `(B, …)`, without gradient; what comes after it does not run.
 
-        The first time it does, for what the model does with what the blocks returned.
+        The first time it does, for what the model does with what the blocks returned; and once more with the blocks
+        answering, which must come to the same.
 
         Args:
-            aside: entered meanwhile; see :func:`rfa_fast.head.standing_aside`.
+            aside: makes what is entered meanwhile; see :func:`rfa_fast.head.standing_aside`.
 
         Raises:
             TypeError: a last block that returns more than one tensor.
@@ -155,9 +159,10 @@ class Prefix:
 
         functions = [running(name, block.forward) for name, block in zip(self.names, self._blocks, strict=True)]
         hooks = [layer.register_forward_pre_hook(early) for layer in self._adapted]
+        whole: Any = None
         try:
-            with in_front(self._blocks, functions), torch.no_grad(), aside or nullcontext():
-                model(inputs) if isinstance(inputs, Tensor) else model(**inputs)
+            with in_front(self._blocks, functions), torch.no_grad(), aside():
+                whole = model(inputs) if isinstance(inputs, Tensor) else model(**inputs)
         except _Done:
             pass
         finally:
@@ -170,6 +175,15 @@ class Prefix:
             )
         if [version(output)] != versions:
             refuse(f"writes into the output of block {self.names[-1]!r}", "one that leaves it as it is")
+        if not self._cachable:
+            answers = [lambda *_, **__: output] * len(self._blocks)
+            with in_front(self._blocks, answers), torch.no_grad(), aside():
+                again = model(inputs) if isinstance(inputs, Tensor) else model(**inputs)
+            if not _alike(whole, again):
+                refuse(
+                    f"gives something else where its frozen blocks answer with what {self.names[-1]!r} returned",
+                    "one that reads that alone, and gives the same for the same inputs",
+                )
         self._cachable = True
         return output
 
@@ -260,6 +274,23 @@ class _Kept:
         if isinstance(sent, Handed) and any(isinstance(tensor, Handed) for tensor in _tensors(self._output)):
             sent.read()
         return self._output
+
+
+def _alike(whole: Any, again: Any) -> bool:
+    """Whether two outputs of a model are the same but for rounding; a handed tensor is what nobody has read."""
+    pairs = list(zip(_tensors(whole), _tensors(again), strict=False))
+    if len(_tensors(whole)) != len(_tensors(again)):
+        return False
+    for one, other in pairs:
+        if isinstance(one, Handed) or not one.is_floating_point():
+            continue
+        if one.shape != other.shape or one.dtype != other.dtype:
+            return False
+        difference, size = (one - other).float().norm(), one.float().norm()
+        # Not more than that: also where both are NaN, which is the step's to find.
+        if bool(difference > torch.finfo(one.dtype).eps ** 0.5 * size):
+            return False
+    return True
 
 
 def _tensors(output: Any) -> list[Tensor]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
@@ -249,7 +250,7 @@ class Step:
         output = self.cache.get(keys, self.rfa._device())
         if output is None:
             head = head_aside(self.rfa.model, labels, self.rfa._context)
-            aside = None if head is None else standing_aside(head)
+            aside = nullcontext if head is None else partial(standing_aside, head)
             output = self.rfa._prefix.run(self.rfa.model, inputs, aside)
             self.cache.put(keys, output)
         return output

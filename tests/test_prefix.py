@@ -56,6 +56,11 @@ def test_teacher_mode_runs_it_once():
     assert all("forward" not in block.__dict__ for block in model)
 
 
+@torch.jit.script
+def scripted_sum(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return a + b
+
+
 class Averaged(nn.Module):
     """Reads what every one of its blocks returned, as a weighted sum of layers does."""
 
@@ -81,6 +86,8 @@ class Averaged(nn.Module):
             x = out[0] if isinstance(out, tuple) else out
             if self.how == "let go":
                 total = total + x
+            elif self.how == "scripted":
+                total = scripted_sum(total, x)
             elif self.how == "by the entry":
                 total = total + x[:, :1].numpy().max() if not x.requires_grad else total + x[:, :1].max()
             else:
@@ -133,6 +140,20 @@ def cached_step(model, targets):
 def test_a_model_that_reads_every_block_has_no_use_for_a_cache(how, blocks):
     with pytest.raises(ValueError, match=r"reads the output of block 'layers\.0' itself"):
         cached_step(Averaged(blocks, False, how), [f"layers.{blocks - 1}.up"])
+
+
+class Noisy(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x) + torch.rand(())
+
+
+def test_what_nobody_sees_shows_in_what_the_model_gives():
+    """TorchScript and C++ extensions read a tensor without a word."""
+    words = r"gives something else where its frozen blocks answer with what '{}' returned"
+    with pytest.raises(ValueError, match=words.format(r"layers\.1")):
+        cached_step(Averaged(3, False, "scripted"), ["layers.2.up"])
+    with pytest.raises(ValueError, match=words.format("1")):
+        cached_step(Noisy(*(nn.Linear(5, 5) for _ in range(3))), ["2"])
 
 
 class Towers(nn.Module):
@@ -299,7 +320,7 @@ def test_a_cached_prefix_changes_nothing(mode, where, tmp_path):
         steps.append(compile_step(rfa, optimizer, cache_prefix=option, compile=False))
     calls = counted(model.model.layers)
     seen = list(batches((4, 8), (3, 8)))
-    whole = 1  # the first time that the prefix runs for the cache, the model behind it does as well
+    whole = 2  # the first time that the prefix runs for the cache, the model behind it does as well, and does so again
     for epoch in range(2):
         for batch in seen:
             calls.clear()
