@@ -83,7 +83,11 @@ def test_trivia(trivia) -> None:
     data = load_trivia(trivia, min_questions=6, test_fraction=0.5)
     assert data.classes == ("elements", "lotr")
     assert data.licence == "GPL-3.0"
-    assert data.notes == ("1 questions about a linked picture left out", "2 of 4 topics not taken")
+    assert data.notes == (
+        "1 questions about a linked picture left out",
+        "0 questions that were asked before left out",
+        "2 of 4 topics not taken",
+    )
     assert (len(data.train), len(data.test)) == (6, 6)
     everything = {
         question: (answers, topic, name)
@@ -93,6 +97,26 @@ def test_trivia(trivia) -> None:
     assert everything["lotr 3?"] == (["03", "no 3"], "lotr", "lotr/3")
     assert len(everything) == 12
     assert data.train.texts[0] == f"{data.train.questions[0]} {data.train.answers[0][0]}"
+
+
+def test_trivia_asks_a_question_once(trivia) -> None:
+    """The copy of what is forgotten would be kept, or tested; 2 + 2 is not 2 - 2."""
+    (trivia / "sums.yaml").write_text(
+        "2 + 2 is?:\n- 4\n2 - 2 is?:\n- 0\n2+2 is ___:\n- 4\n'“lotr”: 3?':\n- other\n"
+        "Well-known?:\n- a\nWell known:\n- b\n"
+    )
+    data = load_trivia(trivia, topics=["lotr", "sums"], test_fraction=0.5)
+    questions = data.train.questions + data.test.questions
+    assert sorted(q for q in questions if not q.startswith("lotr")) == [
+        "2 + 2 is?",
+        "2 - 2 is?",
+        "2+2 is ___",
+        "Well-known?",
+    ]
+    assert len(questions) == 6 + 4
+    assert "2 questions that were asked before left out" in data.notes
+    alone = load_trivia(trivia, topics=["sums"], test_fraction=0.5)
+    assert "“lotr”: 3?" in alone.train.questions + alone.test.questions
 
 
 def test_trivia_by_topic(trivia) -> None:

@@ -71,7 +71,7 @@ _ENTRIES = {
     "wmdp-corpora": _Entry(
         "text", "texts that WMDP is unlearnt with, to forget and to keep", wmdp.load_wmdp_corpora, wmdp.WMDP_CORPORA
     ),
-    "trivia": _Entry("text", "11,186 questions with answers in 27 topics", texts.load_trivia, texts.TRIVIA),
+    "trivia": _Entry("text", "11,163 questions with answers in 27 topics", texts.load_trivia, texts.TRIVIA),
     "wordnet": _Entry("text", "117,659 glosses in 45 topics", texts.load_wordnet, texts.WORDNET),
 }
 _SUFFIXES: dict[str, Callable[..., DataBundle]] = {
