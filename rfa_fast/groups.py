@@ -57,16 +57,16 @@ class WholeBatch(NamedTuple):
     tokens: Tensor
     labels: Tensor
 
-    def share(self, counts: Tensor, codes: Tensor, code: int) -> Tensor:
-        """Entries of `code` among `codes`, over those of the whole batch: 0-dim fp32, 0 where there are none.
+    def share(self, counts: Tensor, codes: Tensor, code: int, dtype: torch.dtype) -> Tensor:
+        """Entries of `code` among `codes`, over those of the whole batch: 0-dim, 0 where there are none.
 
         Example:
             >>> two = torch.tensor([4, 1])
             >>> whole = WholeBatch(two, two, two)
-            >>> whole.share(whole.samples, torch.tensor([0, 1], dtype=torch.int8), RETAIN)
+            >>> whole.share(whole.samples, torch.tensor([0, 1], dtype=torch.int8), RETAIN, torch.float32)
             tensor(0.2500)
         """
-        return (codes == code).sum() / counts[code].clamp(min=1)
+        return (codes == code).sum().to(dtype) / counts[code].clamp(min=1)
 
 
 @dataclass

@@ -152,7 +152,8 @@ class RFALayer(nn.Module):
             whole = context.batch.whole
             tokens = by_token and not (per_sample and norm == "l2")
             counts, own = (whole.tokens, codes) if tokens else (whole.samples, context.batch.samples)
-            retain, forget = retain * whole.share(counts, own, RETAIN), forget * whole.share(counts, own, FORGET)
+            retain = retain * whole.share(counts, own, RETAIN, retain.dtype)
+            forget = forget * whole.share(counts, own, FORGET, forget.dtype)
         context.report(self.rfa_name, LayerTerms(retain, forget))
 
     def target(self, hidden: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
