@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import GPT2Config, GPT2LMHeadModel
 
+import rfa_fast
 from rfa_fast import metrics
 
 
@@ -117,6 +119,19 @@ def test_one_model_is_at_no_distance_from_itself():
     assert metrics.feature_distance(model, model, loader, ["0", "2"]) == {"0": 0.0, "2": 0.0}
     assert metrics.activation_distance(model, model, loader) == 0.0
     assert all(module.training for module in model.modules())
+
+
+def test_a_feature_is_the_layers_own_whatever_is_written_into_it_next():
+    """An activation in place behind a layer: outputs (-1, -1) and (-5, -5) are 4√2 apart, though ReLU makes both 0."""
+    a, b = (
+        nn.Sequential(linear([[0.0, 0.0], [0.0, 0.0]], [bias, bias]), nn.ReLU(inplace=True)) for bias in (-1.0, -5.0)
+    )
+    inputs = torch.randn(3, 2)
+    assert metrics.feature_distance(a, b, pairs(inputs), ["0"]) == pytest.approx({"0": 4 * math.sqrt(2)})
+    plain = nn.Sequential(linear([[-1.0, 0.0], [0.0, 2.0]], [0.5, -1.0]), nn.ReLU(inplace=True))
+    patched = copy.deepcopy(plain)
+    rfa_fast.patch(patched, ["0"], rank=1)  # which keeps activations from writing into what the layers keep
+    assert metrics.feature_distance(plain, patched, pairs(inputs), ["0"]) == {"0": 0.0}
 
 
 def test_unknown_layers_get_near_misses():

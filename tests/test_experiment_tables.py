@@ -106,6 +106,11 @@ def test_rows_carry_the_pairs_settings_and_their_own() -> None:
         assert (once["forget_per_batch"], once["max_steps"]) == (each, steps), forgotten
     few = ROWS["neggrad"].keywords(pair, "sample", 100, seed=0, epochs=2)
     assert (few["forget_per_batch"], few["max_steps"]) == (100, 2)
+    trivia = PAIRS["trivia/smollm2"]  # six epochs
+    for most, passes in ((None, 6), (2, 2), (1, 1)):
+        capped = PlannedRow(ROWS["neggrad"]).options(trivia, "sample", 128, 0, most_epochs=most)
+        assert capped["max_steps"] * capped["forget_per_batch"] == pytest.approx(128 * passes, abs=9 * passes), most
+        assert PlannedRow(ROWS["finetune"]).options(trivia, "sample", 128, 0, most_epochs=most)["epochs"] == passes
     head = ROWS["rfa-head"].keywords(PAIRS["wmdp/qwen2.5-3b"], "class", 9, 0)
     assert head["targets"] == ["lm_head"]
     rate = ROWS["rfa-residual"].with_option("lr", 1e-5, "lr = 1e-05")
@@ -156,6 +161,13 @@ def test_means_intervals_gaps_and_ranks_by_hand() -> None:
     assert summarise([1.0, 3.0]).half == pytest.approx(12.7062047, rel=1e-6)  # t(0.975, 1) · √2 / √2
     assert math.isnan(summarise([1.0]).half)
     assert (summarise([1.0, math.inf]).mean, math.isnan(summarise([1.0, math.inf]).half)) == (math.inf, True)
+    # Perplexities of 10¹⁴⁷ and more, whose squares float64 does not hold; by Python's exact integers.
+    large = summarise([1e200, 2e200, 6e200])
+    assert (large.mean, large.half) == (pytest.approx(3e200), pytest.approx(4.302653 * math.sqrt(7 / 3) * 1e200))
+    assert summarise([1.7e308, 1.6e308]).mean == pytest.approx(1.65e308)
+    assert math.isnan(summarise([math.inf, -math.inf]).mean)
+    assert mean_absolute_gap([[1.7e308, 1.7e308], [-1.7e308]]) == pytest.approx(1.7e308)
+    assert math.isnan(mean_absolute_gap([[math.inf, -math.inf]]))
     assert gaps({0: 0.5, 1: 0.7, 2: 0.1}, {1: 0.6, 0: 0.6}) == [pytest.approx(-0.1), pytest.approx(0.1)]
     assert mean_absolute_gap([[-0.02, 0.01], [0.03]]) == pytest.approx((0.005 + 0.03) / 2)
     assert math.isnan(mean_absolute_gap([[0.1], [math.nan]]))
@@ -240,6 +252,17 @@ def test_the_plots_compare_a_row_with_the_original_of_its_own_seed() -> None:
     assert scenario.confidence == {"forget before": [0.91], "forget after": [0.11], "test": [0.5]}
     assert scenario.forgotten == ["3"]
     assert "The plots show RFA teacher, seed 1; distances are to the Original." in scenario.notes
+
+
+def test_finetunes_time_is_that_of_its_row_here_however_often_the_samples_come(two_seeds: Any) -> None:
+    block, computed = two_seeds
+    repeated = {at: replace(found, rows={"finetune x5" if k == "finetune" else k: v for k, v in found.rows.items()})
+                for at, found in computed.items()}  # fmt: skip
+    rows = [
+        replace(row, spec=replace(row.spec, repeat=5)) if row.spec.name == "finetune" else row for row in block.rows
+    ]
+    result = block_result(replace(block, rows=tuple(rows)), repeated)
+    assert result.rows[-1].figures["seconds/finetune"].mean == pytest.approx((1 / 2 + 1 / 4) / 2)
 
 
 def test_the_same_figures_stand_in_every_file(two_seeds: Any, tmp_path: Path) -> None:

@@ -15,15 +15,16 @@ from text_cases import four_token_texts
 from torch import nn
 from torch.utils.data import Subset
 
-from rfa_fast.data import ImageDataset, TokenDataset, split_by_class, split_by_sample
+from rfa_fast.data import ImageDataset, TextDataset, TokenDataset, split_by_class, split_by_sample
 from rfa_fast.experiments import demo, fashion_mnist
 from rfa_fast.experiments.cache import ModelCache, labels_of
 from rfa_fast.experiments.cells import CellStore
 from rfa_fast.experiments.common import Experiment, Method, Row, ScenarioRun
 from rfa_fast.experiments.comparison import Request, compare, methods, scenario_split
-from rfa_fast.experiments.measuring import Measures
+from rfa_fast.experiments.measuring import Measures, accuracy_by_class
 from rfa_fast.experiments.models import DigitsNet, digits_net, resnet18, seeded
 from rfa_fast.methods.checkpoint import RunFolder
+from rfa_fast.metrics import evaluate_split
 from rfa_fast.report import RunReport
 
 
@@ -305,6 +306,21 @@ def test_finished_rows_are_skipped_and_others_recomputed(tmp_path: Path, monkeyp
     assert any("other settings" in text for text in heard)
 
 
+def test_rows_are_not_those_of_another_test_set(tmp_path: Path) -> None:
+    """The split holds positions alone: the same ones of other images."""
+    sample = Method("RFA", {"targets": ["fc"], "rank": 1, "lr": 1e-3, "seed": 0})
+    flipped = points(30, 1)
+    flipped = ImageDataset(flipped.images, [(label + 1) % 3 for label in flipped.labels], flipped.classes)
+    found = []
+    for test in (points(30, 1), flipped):
+        run = scenario_run(tiny(test=test), "sample:6", output=tmp_path)
+        found.append((run.baseline("Original").figures, run.unlearned(sample).figures))
+    for first, second in zip(*found, strict=True):
+        assert first["D_f"] == second["D_f"] > 0.9
+        assert first["D_t"] > 0.9
+        assert second["D_t"] < 0.1
+
+
 def test_scenarios_are_read_from_their_words() -> None:
     experiment = tiny()
     labels, test_labels = labels_of(experiment.train), labels_of(experiment.test)
@@ -481,3 +497,11 @@ def test_each_experiment_explains_itself_on_the_command_line() -> None:
     ).stdout
     for option in ("--output", "--scenario", "--validation", "--try", "--seed", "--cache", "class:starwars"):
         assert option in shown
+
+
+def test_a_text_without_a_label_is_not_counted_as_right() -> None:
+    data = TextDataset(["x", "y", "z"], [0, 1, 1], classes=("a", "b"))
+    logits, labels = torch.eye(3), torch.tensor([0, 2, -100])  # one right, one wrong, one without
+    found = evaluate_split(nn.Identity(), {name: [(logits, labels)] for name in ("D_r", "D_f", "D_t")})
+    subsets = {"D_t": Subset(data, range(3))}
+    assert accuracy_by_class(found, subsets, data.classes, language=False) == {"a": 1.0, "b": 0.0}

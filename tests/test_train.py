@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from step_cases import tiny_language_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
@@ -202,3 +203,24 @@ def test_train_bad_input() -> None:
     with pytest.raises(NonFiniteError, match=r"step 1: loss nan.*not: weight"):
         train(model, TensorDataset(x, torch.zeros(8, dtype=torch.int64)), progress=False)
     assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
+
+
+def test_a_batch_without_a_label_changes_nothing_but_the_count() -> None:
+    """-100 leaves a sample out: of a batch with nothing else the mean over nothing was NaN."""
+    torch.manual_seed(0)
+    x, labels = torch.randn(4, 4), torch.tensor([0, -100, 1, -100])
+    model = nn.Linear(4, 2)
+    settings = {"lr": 0.1, "weight_decay": 0.0, "progress": False}
+    found = train(model, DataLoader(TensorDataset(x, labels), batch_size=1), epochs=1, **settings)
+    assert [step["total"] for step in found.history][1::2] == [0.0, 0.0]
+    assert all(step["total"] > 0 for step in found.history[::2])
+
+    ids = torch.randint(5, 60, (4, 6))
+    taught = ids.clone()
+    taught[:2, 1:] = -100  # no position predicts the first token
+    texts = [
+        {"input_ids": a, "attention_mask": torch.ones_like(a), "labels": b} for a, b in zip(ids, taught, strict=True)
+    ]
+    found = train(tiny_language_model(), DataLoader(texts, batch_size=2), epochs=1, **settings)
+    assert found.history[0]["total"] == 0.0
+    assert found.history[1]["total"] > 1.0

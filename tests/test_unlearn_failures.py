@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ import rfa_fast
 from rfa_fast import patch, unlearn
 from rfa_fast.data import ImageDataset
 from rfa_fast.methods import NonFiniteError, UnlearnInterrupted, hash_model
+from rfa_fast.methods.loop import Loop
 
 
 def untouched(model: nn.Module, before: str) -> bool:
@@ -167,6 +169,41 @@ def test_not_finite_at_the_first_step_and_in_the_inputs() -> None:
     assert all(bool(torch.isfinite(t).all()) for t in caught.value.rfa.state_tensors().values())
     caught.value.rfa.remove()
     assert untouched(model, before)
+
+
+def test_a_gradient_whose_norm_is_beyond_float32_is_not_finite(tmp_path: Path) -> None:
+    """Every element is finite; the step was made and its record could not be written."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(36, 3))
+    with torch.no_grad():
+        model[1].weight.fill_(1e-30)
+    before = hash_model(model)
+    data = ImageDataset(torch.full((8, 1, 6, 6), 3e38), [0, 1] * 4, ("a", "b", "c"))
+    sets = Subset(data, range(2)), Subset(data, range(2, 8))
+    with pytest.raises(NonFiniteError, match=r"step 1: the gradient's norm is inf, beyond float32"):
+        unlearn(model, *sets, method="finetune", lr=1e-3, batch_size=4, progress=False, output_dir=tmp_path / "run")
+    assert hash_model(model) == before
+
+
+def test_an_error_while_the_state_is_saved_leaves_the_model_as_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, forget, retain = data()
+    model = net()
+    before = hash_model(model)
+
+    def broken(self: Loop) -> None:
+        raise ValueError("cannot be written")
+
+    def fails(record: dict[str, Any]) -> None:
+        monkeypatch.setattr(Loop, "save", broken)
+        raise LookupError("in a callback")
+
+    with pytest.raises(ValueError, match="cannot be written") as caught:
+        unlearn(model, forget, retain, callbacks=[fails], output_dir=tmp_path / "run", **OPTIONS)
+    assert isinstance(caught.value.__context__, LookupError)
+    assert untouched(model, before)
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def relabelled(label: int) -> ImageDataset:

@@ -291,7 +291,7 @@ class ScenarioRun:
     def _settings(self, more: Mapping[str, Any]) -> dict[str, Any]:
         """What a row is trusted by."""
         measures = {} if self.measures is None else {"measures": self.measures.settings()}
-        return {**more, "split": self.split.digest(), **measures}
+        return {**more, "split": self.split.digest(), "test": fingerprint(self.experiment.test), **measures}
 
     def _lasting(self, model: nn.Module, handle: Any) -> dict[str, float]:
         """How the forgetting lasts, where that is measured."""

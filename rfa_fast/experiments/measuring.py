@@ -163,8 +163,9 @@ def accuracy_by_class(
             continue
         predictions = result[name].predictions
         hits = (predictions.tokens_right == predictions.tokens).tolist()
-        for label, hit in zip(labels_of(subsets[name]), hits, strict=True):
-            right.setdefault(label, []).append(hit)
+        for label, hit, tokens in zip(labels_of(subsets[name]), hits, predictions.tokens.tolist(), strict=True):
+            if tokens:
+                right.setdefault(label, []).append(hit)
     return {classes[label]: sum(hits) / len(hits) for label, hits in sorted(right.items())}
 
 

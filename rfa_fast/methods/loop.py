@@ -306,7 +306,7 @@ class Loop:
             for name, p in self.parameters.items()
             if not math.isfinite(values["grad_norm"]) and p.grad is not None and not bool(torch.isfinite(p.grad).all())
         ]
-        if not bad_losses and not bad_gradients:
+        if all(map(math.isfinite, values.values())):
             return
         layers = list(dict.fromkeys(name.rpartition(".")[0] for name in bad_gradients))
         if bad_losses:
@@ -317,8 +317,10 @@ class Loop:
                 what += f", {_some('layer', layers)}"
             elif "align" in values:
                 what += ", in the task's loss alone: every layer's alignment is finite"
-        else:
+        elif bad_gradients:
             what = f"the gradient is not finite, {_some('parameter', bad_gradients)}"
+        else:
+            what = f"the gradient's norm is {values['grad_norm']}, beyond float32, with finite elements"
         tensors = batch.inputs.values() if isinstance(batch.inputs, Mapping) else [batch.inputs]
         if any(t.is_floating_point() and not bool(torch.isfinite(t).all()) for t in tensors):
             what += "; the batch's inputs already hold NaN or infinite values"

@@ -257,10 +257,11 @@ def _loss(model: nn.Module, inputs: Tensor | dict[str, Tensor], labels: Tensor, 
     given = labels = real_labels(
         inputs, labels, shift=predicts_next_token(model), encoder_decoder=is_encoder_decoder(model)
     )
+    counted = bool((given[:, 1:] if given.ndim == 2 and predicts_next_token(model) else given).ne(IGNORED_LABEL).any())
     labels = labels.to(device)
     if isinstance(inputs, Mapping):
         moved = {k: v.to(device) for k, v in inputs.items()}
-        if hasattr(unwrapped(model), "config"):
+        if hasattr(unwrapped(model), "config") and counted:
             output = model(**moved, labels=labels)
             loss = getattr(output, "loss", None)
             if isinstance(loss, Tensor):
@@ -277,6 +278,8 @@ def _loss(model: nn.Module, inputs: Tensor | dict[str, Tensor], labels: Tensor, 
         wrong = given[(given != IGNORED_LABEL) & ((given < 0) | (given >= logits.shape[-1]))]
         if len(wrong):
             raise ValueError(f"labels: got {int(wrong[0])}, expected 0 to {logits.shape[-1] - 1}, or {IGNORED_LABEL}")
+    if not counted:  # the mean over nothing is 0/0
+        return 0 * logits.float().sum()
     return F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORED_LABEL)
 
 

@@ -289,6 +289,9 @@ class Run:
                 lost = f"the state of step {step} could not be saved ({error}); "
                 if stays:
                     return lost + on_model, handle
+            except BaseException:
+                loop.method.remove()
+                raise
         loop.method.remove()
         if loop.saved_step is None:
             return f"{lost}nothing was saved yet; the model is as before", None

@@ -47,7 +47,7 @@ class ActivationMeter:
         """Logits `(rows, C)` of both models, and the item `(rows,)` of each row."""
         squares = torch.empty(len(item), dtype=torch.float64)
         for rows, log_a, log_b in _pieces(rows_a, rows_b, batch):
-            squares[rows] = (log_a.exp() - log_b.exp()).square().sum(-1).double().cpu()
+            squares[rows] = (log_a.exp() - log_b.exp()).square().sum(-1).cpu().double()
         self.add_squares(squares, item, len(batch.labels))
 
     def add_squares(self, squares: Tensor, item: Tensor, items: int) -> None:
@@ -89,7 +89,7 @@ class DivergenceMeter:
             p, q = log_a.exp(), log_b.exp()
             apart = torch.special.entr((p + q) / 2) - (torch.special.entr(p) + torch.special.entr(q)) / 2
             # Rounding can leave equal distributions a little below 0.
-            self._total += float(apart.sum(-1).clamp(min=0).double().cpu().sum()) / math.log(2)
+            self._total += float(apart.sum(-1).clamp(min=0).cpu().double().sum()) / math.log(2)
         self._count += len(item)
 
     def value(self) -> float:

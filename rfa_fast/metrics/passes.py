@@ -255,7 +255,7 @@ def _recorder(name: str, calls: list[Tensor]) -> Callable[[nn.Module, object, ob
         value = output[0] if isinstance(output, tuple | list) and output else output
         if not isinstance(value, Tensor):
             raise TypeError(f"names: {name!r} returned {type(output).__name__}, expected a tensor or a tuple of them")
-        calls.append(value.detach())
+        calls.append(value.detach().clone())  # the next module may write into it
 
     return record
 

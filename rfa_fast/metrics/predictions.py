@@ -266,10 +266,10 @@ def _row_figures(
         p, truth = log_p.exp(), known[rows].to(log_p.device)
         most, arg_max = p.max(-1)
         entropy_of = p if top_k is None else p.topk(min(top_k, p.shape[-1])).values
-        out["confidence"][rows] = most.double().cpu()
-        out["entropy"][rows] = torch.special.entr(entropy_of).sum(-1).double().cpu()
-        out["nll"][rows] = -log_p.gather(-1, truth[:, None]).squeeze(-1).double().cpu()
-        out["right"][rows] = (arg_max == truth).double().cpu()
+        out["confidence"][rows] = most.cpu().double()
+        out["entropy"][rows] = torch.special.entr(entropy_of).sum(-1).cpu().double()
+        out["nll"][rows] = -log_p.gather(-1, truth[:, None]).squeeze(-1).cpu().double()
+        out["right"][rows] = (arg_max == truth).cpu().double()
         if keep is not None:
             keep[rows] = p.cpu()
     return out

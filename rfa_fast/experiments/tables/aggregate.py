@@ -52,12 +52,12 @@ def summarise(values: Sequence[float], confidence: float = CONFIDENCE) -> Summar
         raise ValueError("values: got none, expected at least one figure")
     if not 0 < confidence < 1:
         raise ValueError(f"confidence: got {confidence!r}, expected a number > 0 and < 1")
-    n, mean = len(values), math.fsum(values) / len(values)
+    n, mean = len(values), _mean(values)
     half = math.nan
     if n > 1 and math.isfinite(mean):
         from scipy.stats import t  # type: ignore[import-untyped]  # comes with scikit-learn
 
-        deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
+        deviation = math.hypot(*(value - mean for value in values)) / math.sqrt(n - 1)
         half = float(t.ppf((1 + confidence) / 2, n - 1)) * deviation / math.sqrt(n)
     return Summary(mean, half, min(values), max(values), n)
 
@@ -81,8 +81,18 @@ def mean_absolute_gap(columns: Sequence[Sequence[float]]) -> float:
         >>> mean_absolute_gap([[0.1, -0.1], [0.2, 0.4]])
         0.15
     """
-    means = [math.fsum(column) / len(column) for column in columns if column]
-    return round(math.fsum(map(abs, means)) / len(means), 15) if means else math.nan
+    means = [abs(_mean(column)) for column in columns if column]
+    return round(_mean(means), 15) if means else math.nan
+
+
+def _mean(values: Sequence[float]) -> float:
+    """The mean, of perplexities whose sum float64 does not hold as well; NaN of infinities of both signs."""
+    if not all(map(math.isfinite, values)):
+        return sum(values) / len(values)
+    try:
+        return math.fsum(values) / len(values)
+    except OverflowError:
+        return math.fsum(value / len(values) for value in values)
 
 
 def ranks(values: Mapping[str, float]) -> dict[str, int]:

@@ -138,10 +138,8 @@ class PlannedRow:
             most_epochs: of unlearning.
         """
         chosen = {**self.of_method, **self.of_row}
-        found = self.spec.keywords(pair, kind, forgotten * self.spec.repeat, seed, self.epochs, chosen)
-        if most_epochs is not None and found.get("epochs", 1) > most_epochs:
-            found["epochs"] = most_epochs
-        return found
+        forgotten *= self.spec.repeat
+        return self.spec.keywords(pair, kind, forgotten, seed, self.epochs, chosen, most_epochs=most_epochs)
 
 
 @dataclass(frozen=True)

@@ -140,8 +140,8 @@ def block_result(block: Block, computed: Mapping[Place, Found]) -> BlockResult:
     shown = columns(block.metrics, subsets)
     keys = [column.key for column in shown]
     paper, source = paper_for(block)
-    finetune = {seed: row.seconds for seed, found in founds.items() for key, row in found.rows.items()
-                if key == "finetune"}  # fmt: skip
+    compared = next((row.key for row in block.rows if row.spec.name == "finetune"), "finetune")
+    finetune = {seed: found.rows[compared].seconds for seed, found in founds.items() if compared in found.rows}
 
     def result(label: str, key: str, paper_row: str) -> RowResult:
         rows = {seed: found.rows[key] for seed, found in founds.items() if key in found.rows}

@@ -110,8 +110,9 @@ class RowSpec:
         return " ".join([self.method, *words])
 
     def keywords(
-        self, pair: Pair, kind: str, forgotten: int, seed: int, epochs: int = 1, chosen: Mapping[str, Any] | None = None
-    ) -> dict[str, Any]:
+        self, pair: Pair, kind: str, forgotten: int, seed: int, epochs: int = 1,
+        chosen: Mapping[str, Any] | None = None, *, most_epochs: int | None = None,
+    ) -> dict[str, Any]:  # fmt: skip
         """The keyword arguments of :func:`rfa_fast.unlearn` for this row on a pair.
 
         Args:
@@ -121,6 +122,7 @@ class RowSpec:
             seed: of the run.
             epochs: times as many epochs as the pair has.
             chosen: the user's settings, in place of the pair's.
+            most_epochs: of unlearning.
 
         Example:
             >>> from rfa_fast.experiments.tables.pairs import PAIRS
@@ -131,6 +133,8 @@ class RowSpec:
         found = {**settings, **self.options, "seed": seed}
         if (once := found.get("epochs", 1) * epochs) != 1:
             found["epochs"] = once
+        if most_epochs is not None and once > most_epochs:
+            found["epochs"] = most_epochs
         if self.head_only:
             found["targets"] = [pair.head]
         if self.once:
