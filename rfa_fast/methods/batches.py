@@ -67,7 +67,7 @@ class BatchSource(ABC):
         """The batches that follow step `step`, which was number `epoch_step` of epoch `epoch`.
 
         Raises:
-            ValueError: no batch, or a loader that does not repeat the order of the run's first part.
+            ValueError: no batch, other data than in the run's first part, or a loader that does not repeat its order.
         """
 
     def total_steps(self, epochs: int) -> int | None:
@@ -77,9 +77,14 @@ class BatchSource(ABC):
             return None
         return alone * len(self.forget_pass) + (epochs - alone) * self.steps_per_epoch
 
-    def fingerprint(self, batch: Batch) -> str | None:
-        """Digest of a batch, `None` where the order cannot differ."""
-        return None
+    def fingerprint(self, batch: Batch) -> str:
+        """SHA-256 over the tensors of a batch: a run that is resumed begins by drawing its last batch once more."""
+        digest, inputs = hashlib.sha256(), batch.inputs
+        named = inputs if isinstance(inputs, dict) else {"inputs": inputs}
+        for name, value in sorted({**named, "labels": batch.labels}.items()):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
     def example(self) -> Parts | None:
         """A batch of one sample, `None` when there is none to take without drawing from a loader."""
@@ -127,12 +132,22 @@ class DatasetSource(BatchSource):
         self, epochs: int, step: int, epoch: int, epoch_step: int, last_batch: str | None
     ) -> Generator[Drawn, None, None]:
         """See :meth:`BatchSource.batches`."""
+        if last_batch is not None and epoch_step:
+            again = self._batch(next(iter(self._order(epoch, epoch_step - 1))), step - 1)
+            if self.fingerprint(again) != last_batch:
+                raise ValueError(
+                    f"resume: the data sets gave another batch at step {step} than in the run; expected the same "
+                    "samples, read and tokenised as they were. Name another output_dir to begin a new run with these"
+                )
         for at in range(epoch, epochs):
             start = epoch_step if at == epoch else 0
             for number, indices in enumerate(self._order(at, start), start + 1):
-                seed_generators(derive_seed(self._seed, "draw", step), self._device)
-                yield Drawn(at, number, Batch(*collate_mixed([self.mixed[i] for i in indices], self._collate)))
+                yield Drawn(at, number, self._batch(indices, step))
                 step += 1
+
+    def _batch(self, indices: list[int], step: int) -> Batch:
+        seed_generators(derive_seed(self._seed, "draw", step), self._device)
+        return Batch(*collate_mixed([self.mixed[i] for i in indices], self._collate))
 
     def _order(self, epoch: int, start: int) -> Iterable[list[int]]:
         """Indices into the mixed data of an epoch's batches, from batch `start` on."""
@@ -231,15 +246,6 @@ class LoaderSource(BatchSource):
                         )
                 if number < max(replayed, 1):
                     raise ValueError(f"retain: the loader gave {number} batches, expected at least {max(replayed, 1)}")
-
-    def fingerprint(self, batch: Batch) -> str:
-        """SHA-256 over the tensors of a batch."""
-        digest, inputs = hashlib.sha256(), batch.inputs
-        named = inputs if isinstance(inputs, dict) else {"inputs": inputs}
-        for name, value in sorted({**named, "labels": batch.labels}.items()):
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()
 
     def _forget_batches(self) -> Iterator[Any]:
         lap = 0

@@ -51,7 +51,7 @@ class RunState:
         settings: everything the outcome depends on; a resumed run has to be given the same.
         metrics_before: figures of the model before unlearning, `None` without `evaluate`.
         stopped: why the run is over, `None` while it is not.
-        last_batch: digest of the last batch, to notice a loader that does not repeat its order.
+        last_batch: digest of the last batch, to notice other data, or a loader that does not repeat its order.
         versions: package versions that wrote the state.
     """
 
