@@ -282,10 +282,14 @@ def statistics(images: Tensor, normalise: Normalise) -> tuple[Tensor, Tensor]:
         mean = images.mean(dim=(0, 2, 3))
         std = (images - mean[:, None, None]).square_().mean(dim=(0, 2, 3)).sqrt_()  # std_mean takes four times as long
         return mean, torch.where(std > 0, std, torch.ones_like(std))
-    if isinstance(normalise, str) or len(normalise) != 2 or any(len(values) != channels for values in normalise):
-        expected = f"'train', 'none' or (mean, std) with {channels} number(s) each"
+    expected = f"'train', 'none' or (mean, std) with {channels} number(s) each"
+    try:
+        pair = [] if isinstance(normalise, str) else [[float(v) for v in values] for values in normalise]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"normalise: got {normalise!r}, expected {expected}") from error
+    if [len(values) for values in pair] != [channels, channels]:
         raise ValueError(f"normalise: got {normalise!r}, expected {expected}")
-    mean, std = (torch.tensor([float(v) for v in values]) for values in normalise)
+    mean, std = torch.tensor(pair)
     if not bool(mean.isfinite().all()) or not bool(((std > 0) & std.isfinite()).all()):
         raise ValueError(f"normalise: got {normalise!r}, expected finite numbers and standard deviations > 0")
     return mean, std

@@ -6,6 +6,7 @@ import os
 import zipfile
 import zlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from rfa_fast.data.bundle import DataBundle
 from rfa_fast.data.images import Finish, Normalise, Part, divide_images, file_labels, image_bundle, unit_pixels
+from rfa_fast.data.own import class_names, held_out, largest_index, named_in_unicode
 
 
 def load_npz(
@@ -39,8 +41,10 @@ def load_npz(
 
     Raises:
         FileNotFoundError: no such file.
+        TypeError: `classes` is no list of names.
         ValueError: not an archive or cut short, an array missing or of another shape or dtype, NaN, a
-            label out of range. Arrays of Python objects are refused: reading one runs code.
+            label out of range, or too large to be a class index (:func:`~rfa_fast.data.own.largest_index`).
+            Arrays of Python objects are refused: reading one runs code.
 
     Example:
         >>> import tempfile
@@ -50,15 +54,15 @@ def load_npz(
         >>> len(data.train), len(data.test), data.classes
         (8, 2, ('0', '1'))
     """
-    path = Path(path)
+    path = named_in_unicode(Path(path))
+    names = None if classes is None else class_names("classes", classes)
     arrays = _read_npz(path)
     if missing := [key for key in ("x", "y") if key not in arrays]:
         raise ValueError(f"{path}: got arrays {', '.join(arrays) or 'none'}, expected {missing[0]!r} among them")
     if ("x_test" in arrays) != ("y_test" in arrays):
         raise ValueError(f"{path}: got one of 'x_test' and 'y_test', expected both or neither")
-    names: Sequence[Any] | None = classes
     if names is None and "classes" in arrays:
-        names = arrays["classes"].tolist()
+        names = _npz_classes(path, arrays["classes"])
     given: list[Part] = []
     for suffix in ("", "_test") if "x_test" in arrays else ("",):
         images = _npz_images(path, "x" + suffix, arrays["x" + suffix], layout)
@@ -66,14 +70,20 @@ def load_npz(
         if y.shape != (len(images),) or not np.issubdtype(y.dtype, np.integer):
             raise ValueError(f"{path}: y{suffix}: got {y.dtype} {y.shape}, expected integers ({len(images)},)")
         if names is None:
-            names = range(int(y.max()) + 1)
-        given.append(Part(images, file_labels(path, y.tolist(), [str(name) for name in names])))
+            names = _numbers(path, y)
+        given.append(Part(images, file_labels(path, y.tolist(), names)))
     if len(given) == 2 and given[0].images.shape[1:] != given[1].images.shape[1:]:
         shapes = [tuple(part.images.shape[1:]) for part in given]
         raise ValueError(f"{path}: x_test: got images (C, H, W) = {shapes[1]}, expected {shapes[0]} as x has")
     parts = (given[0], given[1]) if len(given) == 2 else divide_images(*given[0].both(), test_fraction, seed)
-    labels = tuple(str(name) for name in names or ())
-    return image_bundle(path.stem, parts, labels, Finish(pad_to, channels, normalise), str(path), "the user's own")
+    finish = Finish(pad_to, channels, normalise)
+    bundle = image_bundle(path.stem, parts, names or (), finish, str(path), "the user's own")
+    if len(given) == 2:
+        return bundle
+    note = held_out(
+        len(bundle.test), len(given[0].labels), "images", "put a test set into the file as x_test and y_test"
+    )
+    return replace(bundle, notes=(*bundle.notes, note))
 
 
 def _read_npz(path: Path) -> dict[str, Any]:
@@ -88,6 +98,25 @@ def _read_npz(path: Path) -> dict[str, Any]:
             return {key: np.asarray(archive[key]) for key in archive.files}
     except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path}: got {error}, expected a NumPy archive of plain arrays 'x' and 'y'") from error
+
+
+def _npz_classes(path: Path, classes: np.ndarray[Any, Any]) -> tuple[str, ...]:
+    if classes.ndim != 1 or classes.dtype.kind not in "Uiu":
+        raise ValueError(
+            f"{path}: classes: got {classes.dtype} {classes.shape}, expected strings (n,), a name per class"
+        )
+    return class_names(f"{path}: classes", classes.tolist())
+
+
+def _numbers(path: Path, y: np.ndarray[Any, Any]) -> tuple[str, ...]:
+    """The names of classes that are numbers: 0 to the largest label."""
+    place, most = int(y.argmax()), largest_index(len(y))
+    if y[place] > most:
+        raise ValueError(
+            f"{path}: y: got {y[place]} at position {place}, expected a class index, at most {most} among {len(y)} "
+            "labels; number the classes from 0, or name them all with an array classes"
+        )
+    return tuple(str(index) for index in range(int(y[place]) + 1))
 
 
 def _npz_images(path: Path, name: str, x: np.ndarray[Any, Any], layout: str | None) -> Tensor:

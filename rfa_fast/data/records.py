@@ -12,12 +12,13 @@ import csv
 import io
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from rfa_fast.data.bundle import DataBundle
 from rfa_fast.data.datasets import TextDataset
+from rfa_fast.data.own import class_names, encodes, few, held_out, largest_index, named_in_unicode, spelled
 from rfa_fast.data.sources import read_text
 from rfa_fast.data.splits import stratified_split
 from rfa_fast.data.tables import json_lines
@@ -26,6 +27,8 @@ _OTHERS = "other names are given with text= and label= (--data-option text=…)"
 
 # A .csv knows texts only.
 INTEGER = re.compile(r"[+-]?(0|[1-9][0-9]*)")  # 01 is a name
+# What pandas makes of an integer column with a gap. As a name, 10.0 would be numbered before 2.0.
+WHOLE = re.compile(r"[+-]?[0-9]+\.0+")
 
 
 class Record(NamedTuple):
@@ -51,14 +54,16 @@ def load_records(
     Args:
         path: the file. A .jsonl has a JSON object per line; a .csv a header line.
         test: a file of the same kind with the test set; else a share of each class becomes one.
-        text, label: names of the two fields; others are ignored.
+        text, label: names of the two fields; others are ignored. An integer is the name that it spells.
         classes: class names by index; a label is then one of them, or an index. `None`: as above.
         test_fraction, seed: the share, and what it is drawn with.
 
     Raises:
         FileNotFoundError: no such file.
+        TypeError: `classes` is no list of names, or another option no name.
         ValueError: a line that is no JSON object, a row with too many or too few fields, a field missing, an
-            empty text, a label of another kind or unknown; names the line.
+            empty text or half of a character, a label of another kind, unknown, written as 10.0, or too large to
+            be a class index (:func:`~rfa_fast.data.own.largest_index`); names the line.
 
     Example:
         >>> import tempfile
@@ -68,15 +73,23 @@ def load_records(
         >>> data.classes, sorted(data.train.texts + data.test.texts)
         (('ham', 'spam'), ['buy now', 'hello', 'lunch?', 'win'])
     """
-    path = Path(path)
-    records = read_records(path, text, label, mixed=classes is not None)
-    parts = [(path, records)]
+    path = named_in_unicode(Path(path))
+    text, label = (spelled(name, value, "the name of a field") for name, value in (("text", text), ("label", label)))
+    known = None if classes is None else class_names("classes", classes)
+    files = [path]
     if test is not None:
-        parts.append((Path(test), read_records(Path(test), text, label, mixed=classes is not None)))
-    names = _classes(records, classes)
+        given = test if isinstance(test, os.PathLike) else spelled("test", test, "a file")
+        files.append(named_in_unicode(Path(given)))
+    parts = [(file, read_records(file, text, label, mixed=known is not None)) for file in files]
+    records = parts[0][1]
+    names = _classes(path, records, label) if known is None else known
+    notes: list[str] = []
+    if known is None and isinstance(records[0].label, str):
+        notes.append(f"labels numbered alphabetically: {few([f'{name} {i}' for i, name in enumerate(names)])}")
+    index = {name: i for i, name in reversed([*enumerate(names)])}
     datasets: list[TextDataset] = []
     for file, part in parts:
-        labels = [_label(file, record, names, label, indices=classes is not None) for record in part]
+        labels = [_label(file, record, index, names, label, indices=known is not None) for record in part]
         datasets.append(TextDataset([record.text for record in part], labels, names, ids=[r.line for r in part]))
     if test is None:
         whole = datasets.pop()
@@ -93,7 +106,9 @@ def load_records(
                     ids=[records[i].line for i in side],
                 )
             )
-    return DataBundle(path.stem, datasets[0], datasets[1], names, "text", str(path), "the user's own")
+        instead = "name a file as the test set with test= (--data-option test=FILE)"
+        notes.append(held_out(len(sides[1]), len(records), "records", instead))
+    return DataBundle(path.stem, datasets[0], datasets[1], names, "text", str(path), "the user's own", tuple(notes))
 
 
 def read_records(path: Path, text: str = "text", label: str = "label", *, mixed: bool = False) -> list[Record]:
@@ -120,6 +135,17 @@ def read_records(path: Path, text: str = "text", label: str = "label", *, mixed:
     for record in records:
         if not record.text.strip():
             raise ValueError(f"{path}, line {record.line}: {text}: got an empty text, expected one to learn from")
+        for field, value in ((text, record.text), (label, record.label)):
+            if isinstance(value, str) and not encodes(value):
+                raise ValueError(
+                    f"{path}, line {record.line}: {field}: got half of a character (one of \\ud800 to \\udfff "
+                    "alone), expected Unicode text; mend or drop the line"
+                )
+        if not mixed and isinstance(record.label, str) and WHOLE.fullmatch(record.label):
+            raise ValueError(
+                f"{path}, line {record.line}: {label}: got {record.label!r}, expected an integer or a name; write "
+                "integers (in pandas: .astype('Int64')), or list the names with classes="
+            )
         if not mixed and type(record.label) is not type(first.label):
             kind = "a name" if isinstance(first.label, str) else "an integer"
             raise ValueError(
@@ -178,21 +204,27 @@ def _csv(path: Path, content: str, text: str, label: str) -> list[Record]:
     return records
 
 
-def _classes(records: Sequence[Record], classes: Sequence[str] | None) -> tuple[str, ...]:
-    if classes is not None:
-        return tuple(classes)
-    numbers = [record.label for record in records if isinstance(record.label, int)]
-    if numbers:
-        return tuple(str(index) for index in range(max(0, *numbers) + 1))
-    return tuple(sorted({str(record.label) for record in records}))
+def _classes(path: Path, records: Sequence[Record], field: str) -> tuple[str, ...]:
+    """The classes where nobody listed them: 0 to the largest label, or the names in alphabetical order."""
+    if isinstance(records[0].label, str):
+        return tuple(sorted({str(record.label) for record in records}))
+    last, most = max(records, key=lambda record: int(record.label)), largest_index(len(records))
+    if int(last.label) > most:
+        raise ValueError(
+            f"{path}, line {last.line}: {field}: got {last.label}, expected a class index, at most {most} among "
+            f"{len(records)} records; list the labels with classes=, or name another field with label="
+        )
+    return tuple(str(index) for index in range(max(0, int(last.label)) + 1))
 
 
-def _label(file: Path, record: Record, classes: Sequence[str], field: str, *, indices: bool) -> int:
+def _label(
+    file: Path, record: Record, index: Mapping[str, int], classes: Sequence[str], field: str, *, indices: bool
+) -> int:
     """The class index of a record, whose label is a class or, with `indices`, the index of one."""
     label = record.label
-    if str(label) in classes:
-        return classes.index(str(label))
+    if str(label) in index:
+        return index[str(label)]
     if indices and isinstance(label, int) and 0 <= label < len(classes):
         return label
-    expected = f"one of {', '.join(classes)}" + (f", or 0 to {len(classes) - 1}" if indices else "")
+    expected = f"one of {few(classes, 20)}" + (f", or 0 to {len(classes) - 1}" if indices else "")
     raise ValueError(f"{file}, line {record.line}: {field}: got {label!r}, expected {expected}")
