@@ -11,6 +11,7 @@ random and go on: unlearning from a random head looks like success.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import inspect
 import json
@@ -49,6 +50,7 @@ _AUTO = {
 }
 _FORMS = "a folder with config.json and safetensors weights (transformers), torchvision:NAME, or package.module:factory"
 _DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_STORED = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -87,18 +89,19 @@ def open_model(
     Args:
         name: a transformers folder, or the name of one in the hub's local cache (`"distilbert/…"`);
             `torchvision:resnet18` or any other classification model of torchvision; or
-            `package.module:factory`, a callable without arguments that returns a module, looked for in
-            the current folder too.
+            `package.module:factory`, a callable without arguments that returns a module, or a module, of
+            which a copy is taken, looked for in the current folder too.
         weights: a .safetensors or .pth file with the whole state dict, for the last two kinds.
         classes: number of outputs of a torchvision model (its own default when not given).
         tokenizer: folder of the tokenizer; by default the model's own folder.
-        dtype: `"auto"` (as the weights are stored), `"float32"`, `"bfloat16"` or `"float16"`.
+        dtype: `"auto"` (as the weights are stored, whatever their configuration says; where they are of several
+            dtypes, or quantised, as it says), `"float32"`, `"bfloat16"` or `"float16"`.
         trust_remote_code: let a transformers folder bring Python code of its own, which is then run.
 
     Raises:
         FileNotFoundError: the folder or the file does not exist, or holds no weights.
         ValueError: an unknown name, an unsupported architecture, a pickle, or weights that do not fit.
-        TypeError: the factory cannot be called, or returns no module.
+        TypeError: the factory cannot be called, or returns no module; or a module that cannot be copied.
 
     Example:
         >>> opened = open_model("torchvision:resnet18", classes=10)
@@ -217,9 +220,10 @@ def _from_folder(folder: Path, dtype: str, *, trust_remote_code: bool) -> nn.Mod
 
     options = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": trust_remote_code}
     try:
+        wanted = _DTYPES[dtype] or ("auto" if "quantization_config" in config else _stored_dtype(folder) or "auto")
         with without_bars():
             model, info = getattr(transformers, name).from_pretrained(
-                folder, dtype="auto" if dtype == "auto" else _DTYPES[dtype], output_loading_info=True, **options
+                folder, dtype=wanted, output_loading_info=True, **options
             )
     except (SafetensorError, RuntimeError, ValueError, KeyError, OSError) as error:
         raise ValueError(f"{folder}: cannot be read as {name} ({one_line(error)}); is a file cut short?") from error
@@ -229,6 +233,24 @@ def _from_folder(folder: Path, dtype: str, *, trust_remote_code: bool) -> nn.Mod
         )
     found: nn.Module = model
     return found
+
+
+def _stored_dtype(folder: Path) -> torch.dtype | None:
+    """The dtype of the floating weights, from the headers of their files; `None` where they have several or another."""
+    from safetensors import safe_open
+
+    index = folder / f"{WEIGHTS_FILE}.index.json"
+    names = {WEIGHTS_FILE}
+    if not (folder / WEIGHTS_FILE).is_file():
+        if not index.is_file():
+            return None
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    found: set[str] = set()
+    for name in names:
+        with safe_open(folder / name, "pt") as file:
+            found |= {file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118 - no mapping
+    floating = {kind for kind in found if "F" in kind}
+    return _STORED.get(floating.pop()) if len(floating) == 1 else None
 
 
 def _read_config(folder: Path) -> Mapping[str, Any]:
@@ -278,6 +300,14 @@ def _from_factory(text: str) -> nn.Module:
         if not hasattr(found, part):
             raise ValueError(f"{text}: {module_name} has no {path!r}, expected a callable that returns the model")
         found = getattr(found, part)
+    if isinstance(found, nn.Module):
+        try:
+            return copy.deepcopy(found)  # opened twice, to compare, it has to be two models
+        except (RuntimeError, TypeError) as error:
+            raise TypeError(
+                f"{text}: got a {type(found).__name__} that cannot be copied ({one_line(error)}); expected a callable "
+                "that returns a new one"
+            ) from error
     if not callable(found):
         raise TypeError(f"{text}: got {type(found).__name__}, expected a callable without arguments")
     needed = [

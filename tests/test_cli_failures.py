@@ -97,7 +97,9 @@ FACTORY = ["{nets}:build", "--data", "images.npz", "--forget-class", "1"]
         pytest.param([*FACTORY, "--max-length", "64"], "--max-length: got a value with images, expected", id="length"),
         pytest.param([*FACTORY, "--data-option", "size"], "expected KEY=VALUE", id="data option"),
         pytest.param([*FACTORY, "--data-option", "colour=1"], "got option 'colour', expected some of", id="loader"),
-        pytest.param([*FACTORY, "--retrained", "nowhere"], "model: nowhere is no folder here", id="retrained"),
+        pytest.param(
+            [*FACTORY, "--rank", "2", "--retrained", "nowhere"], "model: nowhere is no folder here", id="retrained"
+        ),
         pytest.param([*FACTORY, "--output", "images.npz"], "images.npz is a file", id="output is a file"),
     ],
 )
@@ -148,6 +150,50 @@ def test_a_prompt_for_a_model_that_classifies_is_refused_before_anything_is_meas
     assert not (place / "runs").exists()
 
 
+EARLY = [*FACTORY, "--retrained", FACTORY[0], "--no-progress", "--output", "out"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        pytest.param(["--lr", "0"], "lr: got 0.0, expected a finite number > 0", id="lr"),
+        pytest.param(["--weight-decay", "-1"], "weight_decay: got -1.0, expected a finite number >= 0", id="decay"),
+        pytest.param(["--epochs", "0"], "epochs: got 0, expected an integer >= 1", id="epochs"),
+        pytest.param(["--max-steps", "0"], "max_steps: got 0, expected an integer >= 1", id="steps"),
+        pytest.param(["--max-grad-norm", "0"], "max_grad_norm: got 0.0, expected a finite number > 0", id="norm"),
+        pytest.param(["--schedule", "step"], "schedule: got 'step', expected 'constant', 'linear' or", id="schedule"),
+        pytest.param(["--checkpoint-every", "0"], "checkpoint_every: got 0, expected an integer", id="checkpoints"),
+        pytest.param(["--batch-size", "0"], "batch_size: got 0, expected an integer >= 1", id="no batch"),
+        pytest.param(["--rank", "2", "--batch-size", "1"], "batch_size: got 1, expected 2 or more", id="batch of one"),
+        pytest.param(
+            ["--rank", "2", "--batch-size", "8", "--forget-per-batch", "8"],
+            "forget_per_batch: got 8, expected less than batch_size=8",
+            id="forget alone",
+        ),
+        pytest.param(
+            ["--rank", "2", "--forget-per-batch", "few"], "forget_per_batch: got 'few', expected 'auto'", id="per batch"
+        ),
+        pytest.param(["--targets", "blocks.0", "--rank", "99"], "rank: got 99, expected at most 4", id="rank"),
+        pytest.param(["--targets", "layer9"], "got 'layer9', which matched no layer", id="targets"),
+        pytest.param(["--method", "finetune", "--targets", "layer9"], "which matched no layer", id="of a method"),
+    ],
+)
+def test_what_unlearn_would_refuse_is_found_before_anything_is_measured(
+    place: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
+) -> None:
+    monkeypatch.setattr(Measuring, "__call__", lambda *_: pytest.fail("measured"))
+    refused = run("unlearn", *(word.format(nets=nets(place)) for word in EARLY), *words, code=2)
+    assert message in refused.stderr
+    assert not (place / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["demo", "evaluate", "unlearn"])
+def test_a_negative_seed_is_refused_by_name(command: str, place: Path) -> None:
+    words = [] if command == "demo" else [f"{nets(place)}:build", *FACTORY[1:]]
+    refused = run(command, *words, "--no-progress", "--seed", "-1", code=2)
+    assert "Invalid value for '--seed': " in refused.stderr
+
+
 def test_other_failures_keep_their_code_and_their_traceback(place: Path) -> None:
     rest = ["--data", "images.npz", "--forget-class", "1", *QUICK]
     nan = run("unlearn", f"{nets(place)}:build_nan", *rest, code=1)
@@ -170,6 +216,55 @@ def test_run_with_other_settings_is_not_resumed(place: Path) -> None:
     assert (place / "out" / "report.json").read_bytes() == before
     run(*words, "--resume")
     assert read_record(place / "out")["training"]["steps"] == 1
+
+
+@pytest.mark.usefixtures("without_plots")
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        pytest.param(["--lr", "0.02"], "lr: 0.01 in the run, 0.02 now", id="lr"),
+        pytest.param(["--batch-size", "9"], "batch_size: 8 in the run, 9 now", id="batch"),
+        pytest.param(["--schedule", "linear"], "schedule: 'constant' in the run, 'linear' now", id="schedule"),
+        pytest.param(["--autocast", "bfloat16"], "autocast: None in the run, 'torch.bfloat16' now", id="autocast"),
+        pytest.param(["--loss-weights", "1,1,1,2"], "options.weights: [1.0, 1.0, 1.0, 1.0] in the run", id="weights"),
+        pytest.param(["--keep-adapter"], "merge: True in the run, False now", id="merge"),
+        pytest.param(["--forget-class", "2"], "forget_ids: ", id="data"),
+        pytest.param(["--weights", "other.safetensors"], "model: ", id="model"),
+    ],
+)
+def test_other_settings_are_found_before_anything_is_measured(
+    place: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], message: str
+) -> None:
+    start = [*into_out(place), "--batch-size", "8"]
+    run(*start)
+    other = load_file(place / "out" / "model" / "model.safetensors")
+    save_file(other, place / "other.safetensors")
+    monkeypatch.setattr(Measuring, "__call__", lambda *_: pytest.fail("measured"))
+    refused = run(*start, "--resume", *words, code=2)
+    assert "--resume: the run in out has other settings than this call:\n" in refused.stderr
+    assert f"\n  {message}" in refused.stderr
+    assert refused.stderr.count(" in the run, ") == (2 if words[0] == "--forget-class" else 1)
+    assert "expected the same ones; name another --output to begin a new run" in refused.stderr
+
+
+@pytest.mark.usefixtures("without_plots")
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--rank", "2", "--adapter", "pissa", "--schedule", "linear"],
+        ["--rank", "2", "--adapter", "dora", "--mode", "teacher", "--keep-adapter"],
+        ["--method", "finetune", "--targets", "deep", "--autocast", "bfloat16", "--max-grad-norm", "1"],
+        ["--method", "scrub", "--forget-per-batch", "natural", "--seed", "3"],
+        ["--method", "retrain", "--weight-decay", "0"],
+    ],
+    ids=lambda words: words[1] if words[0] == "--method" else words[3],
+)
+def test_a_run_with_the_same_settings_is_resumed(place: Path, words: list[str]) -> None:
+    start = ["unlearn", f"{nets(place)}:build", *FACTORY[1:], "--max-steps", "2", "--no-progress", "--no-distances"]
+    run(*start, "--output", "out", *words)
+    before = figures(place / "out")
+    run(*start, "--output", "out", *words, "--resume")
+    assert figures(place / "out") == before
 
 
 def into_out(place: Path) -> list[str]:

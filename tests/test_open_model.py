@@ -65,6 +65,47 @@ def test_transformers_folder(tmp_path: Path) -> None:
     assert next(open_model(folder, dtype="bfloat16").model.parameters()).dtype == torch.bfloat16
 
 
+def store(folder: Path, shards: int = 1, **dtypes: torch.dtype) -> None:
+    """Write the weights again, those whose name ends like this in this dtype, in so many files."""
+    tensors = load_file(folder / "model.safetensors")
+    for ending, dtype in dtypes.items():
+        tensors |= {name: value.to(dtype) for name, value in tensors.items() if name.endswith(ending)}
+    if shards == 1:
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        return
+    (folder / "model.safetensors").unlink()
+    files = [f"model-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)]
+    places = {name: files[i % shards] for i, name in enumerate(tensors)}
+    for file in files:
+        save_file({name: tensors[name] for name in tensors if places[name] == file}, folder / file, {"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_auto_is_the_dtype_that_the_weights_are_stored_in(tmp_path: Path, shards: int) -> None:
+    folder = bert(tmp_path / "bert")
+    stored = load_file(folder / "model.safetensors")
+    store(folder, shards)
+    edit_config(folder, dtype="bfloat16")
+    state = open_model(folder).model.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in stored.items())
+    assert next(open_model(folder, dtype="bfloat16").model.parameters()).dtype == torch.bfloat16
+    again = save_model(open_model(folder).model, tmp_path / "again")
+    assert json.loads((again / "config.json").read_text())["dtype"] == "float32"
+
+
+def test_auto_is_the_configuration_s_dtype_where_the_weights_have_several(tmp_path: Path) -> None:
+    folder = bert(tmp_path / "bert")
+    store(folder, weight=torch.bfloat16, bias=torch.bfloat16)
+    edit_config(folder, dtype="float32")
+    assert {p.dtype for p in open_model(folder).model.parameters()} == {torch.bfloat16}
+    store(folder, bias=torch.float32)
+    assert {p.dtype for p in open_model(folder).model.parameters()} == {torch.float32}
+    (folder / "model.safetensors").rename(folder / "other.safetensors")
+    with pytest.raises(ValueError, match="cannot be read as BertForSequenceClassification"):
+        open_model(folder)
+
+
 def test_language_and_image_models_by_their_architecture(tmp_path: Path) -> None:
     from transformers import GPT2Config, GPT2LMHeadModel, ViTConfig, ViTForImageClassification
 
@@ -176,6 +217,27 @@ def test_factory_leaves_the_search_path_alone(nets: str) -> None:
     assert isinstance(opened.model, nn.Linear)
     assert (opened.model.out_features, opened.task, opened.model.training) == (5, "unknown", False)
     assert sys.path == before
+
+
+def test_a_module_in_place_of_a_factory_is_opened_as_a_copy(nets: str, tmp_path: Path) -> None:
+    import sys
+
+    (tmp_path / f"{nets}.py").write_text(
+        "import torch\nfrom torch import nn\n\ntorch.manual_seed(0)\nnet = nn.Sequential(nn.Linear(2, 3))\n"
+        "part = nn.Linear(2, 2)\npart.made = torch.ones(1, requires_grad=True) * 2\n"
+    )
+    one, other = open_model(f"{nets}:net").model, open_model(f"{nets}:net").model
+    own = sys.modules[nets].net
+    assert isinstance(one, nn.Sequential)
+    assert torch.equal(one[0].weight, own[0].weight)
+    assert not one.training
+    assert own.training
+    with torch.no_grad():
+        one[0].weight.zero_()
+    assert torch.equal(other[0].weight, own[0].weight)  # type: ignore[index]
+    assert own[0].weight.abs().min() > 0
+    with pytest.raises(TypeError, match="got a Linear that cannot be copied .*expected a callable that returns a new"):
+        open_model(f"{nets}:part")
 
 
 def test_weights_of_another_model_are_refused_by_name(tmp_path: Path, nets: str) -> None:

@@ -39,7 +39,7 @@ def bench(
     ] = None,
     weights: options.Weights = None,
     classes: Annotated[
-        int | None, typer.Option(metavar="N", help="Outputs of a torchvision model.",
+        int | None, typer.Option(metavar="N", help="Outputs of a torchvision model.", min=1,
                                  rich_help_panel=options.MODEL_AND_DATA, show_default="its own")
     ] = None,
     dtype: options.Dtype = "auto",

@@ -18,7 +18,7 @@ def demo(
     forget_class: Annotated[str, typer.Option("--class", metavar="DIGIT", help="The digit to forget.")] = "3",
     samples: Annotated[int, typer.Option(metavar="N", help="Random samples to forget; 0 leaves this out.", min=0)] = 64,
     mode: Annotated[str, typer.Option(metavar="residual|teacher", help="Whose features are aligned.")] = "residual",
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of everything random.", min=0)] = 0,
     output: Annotated[
         Path,
         typer.Option(

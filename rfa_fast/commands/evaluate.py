@@ -46,7 +46,7 @@ def evaluate(
     eval_samples: options.EvalSamples = None,
     prompt: options.Prompt = None,
     seed: Annotated[
-        int, typer.Option(help="Of the split and the membership attack.", rich_help_panel=options.MEASURING)
+        int, typer.Option(help="Of the split and the membership attack.", min=0, rich_help_panel=options.MEASURING)
     ] = 0,
     output: Annotated[
         Path, typer.Option(metavar="FOLDER", help="For report.json and report.html, which are replaced.",

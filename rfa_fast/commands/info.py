@@ -42,7 +42,7 @@ def info(
         str, typer.Option(metavar="lora|pissa|dora", help="Kind of adapter.", rich_help_panel=options.METHOD)
     ] = "lora",
     classes: Annotated[
-        int | None, typer.Option(metavar="N", help="Outputs of a torchvision model.",
+        int | None, typer.Option(metavar="N", help="Outputs of a torchvision model.", min=1,
                                  rich_help_panel=options.MODEL_AND_DATA, show_default="its own")
     ] = None,
     trust_remote_code: options.TrustRemoteCode = False,

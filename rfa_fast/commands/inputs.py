@@ -18,12 +18,11 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from rfa_fast.commands.texts import cut_notes, tokens_of
 from rfa_fast.data import (
     DataBundle,
     ImageDataset,
-    QADataset,
     Split,
-    TokenDataset,
     collate,
     collate_text,
     ids_of,
@@ -31,10 +30,8 @@ from rfa_fast.data import (
     split_by_class,
     split_by_keyword,
     split_by_sample,
-    tokenise_lm,
-    tokenise_qa,
-    tokenise_texts,
 )
+from rfa_fast.data.sources import read_text
 from rfa_fast.experiments.common import thinned
 from rfa_fast.experiments.comparison import json_or_text
 from rfa_fast.methods import checks
@@ -42,6 +39,7 @@ from rfa_fast.metrics import predict
 from rfa_fast.models import OpenedModel, open_model
 
 IMAGE_BATCH, TEXT_BATCH = 256, 32
+_WITH_TEST = (".jsonl", ".csv")  # read by loaders with the option test
 
 
 @dataclass(frozen=True)
@@ -225,11 +223,9 @@ def prepare(
         if not text:
             shown.append(_with_channels(part, opened.model, channels))
             continue
-        tokens = _tokens(part, opened, max_length)
+        tokens = tokens_of(part, opened, max_length, data.name)
         shown.append(tokens)
-        if tokens.truncated:
-            name = "training" if part is data.train else "test"
-            notes.append(f"{tokens.truncated} of {len(tokens)} {name} texts cut to {max_length} tokens")
+        notes += cut_notes(part, tokens, opened, "training" if part is data.train else "test")
     language = text and opened.task == "language"
     prepared = Prepared(data, split, split.named(shown[0], shown[1]), language, text, notes)
     _check_takes(opened, prepared)
@@ -237,10 +233,14 @@ def prepare(
 
 
 def _check_takes(opened: OpenedModel, prepared: Prepared) -> None:
-    """The model can be run on a sample of the data."""
-    loader = next(iter(prepared.loaders(1, 1).values()))
+    """The model can be run on a sample of the data, of texts the longest."""
+    one = next(iter(prepared.measured(1).values()))
+    if prepared.text:
+        shown: list[Any] = [subset.dataset for subset in prepared.subsets.values()]
+        longest = max(shown, key=lambda tokens: int(tokens.attention_mask.sum(1).max()))
+        one = Subset(longest, [int(longest.attention_mask.sum(1).argmax())])
     try:
-        predict(opened.model, loader)
+        predict(opened.model, DataLoader(one, 1, collate_fn=collate_text if prepared.text else collate))
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, AssertionError, IndexError) as error:
@@ -249,19 +249,6 @@ def _check_takes(opened: OpenedModel, prepared: Prepared) -> None:
             f"{opened.name}: cannot take a sample of {prepared.data.name} ({why}); expected data of the size and "
             "channels that it was made for, see --pad-to, --channels and --max-length"
         ) from error
-
-
-def _tokens(part: Any, opened: OpenedModel, max_length: int) -> TokenDataset:
-    if opened.tokenizer is None:
-        raise ValueError(f"{opened.name}: got texts but no tokenizer, expected --tokenizer FOLDER")
-    most = getattr(getattr(opened.model, "config", None), "max_position_embeddings", None)
-    if isinstance(most, int) and max_length > most:
-        raise ValueError(f"--max-length: got {max_length}, expected at most {most}, what {opened.name} takes")
-    if opened.task != "language":
-        return tokenise_texts(part, opened.tokenizer, max_length)
-    if isinstance(part, QADataset):
-        return tokenise_qa(part, opened.tokenizer, max_length)
-    return tokenise_lm(part, opened.tokenizer, max_length)
 
 
 def _with_channels(part: Dataset[Any], model: nn.Module, channels: int | None) -> Dataset[Any]:
@@ -307,7 +294,7 @@ def _check_classes(data: DataBundle, opened: OpenedModel) -> None:
 
 
 def _split_by_ids(data: DataBundle, path: Path) -> Split:
-    text = _existing(path, "--forget-ids").read_text(encoding="utf-8")
+    text = read_text(_existing(path, "--forget-ids"))
     wanted = [line.strip() for line in text.splitlines() if line.strip()]
     if not wanted:
         raise ValueError(f"--forget-ids: {path} holds no id, expected one per line")
@@ -317,12 +304,23 @@ def _split_by_ids(data: DataBundle, path: Path) -> Split:
     if unknown := [name for name in wanted if name not in places]:
         raise ValueError(
             f"--forget-ids: {path}: {len(unknown)} of {len(wanted)} are no training sample of {data.name}, the first "
-            f"is {unknown[0]!r}; expected ids such as {', '.join(list(places)[:3])}"
+            f"is {unknown[0]!r}{_held_out(data, unknown)}; expected ids such as {', '.join(list(places)[:3])}"
         )
     forget = sorted({place for name in wanted for place in places[name]})
     gone = set(forget)
     retain = tuple(place for place in range(len(data.train)) if place not in gone)
     return Split("sample", f"{len(forget)} listed samples", retain, tuple(forget), tuple(range(len(data.test))))
+
+
+def _held_out(data: DataBundle, names: Sequence[str]) -> str:
+    """How many of the names are of test samples, and what to do then, as a clause; empty where none is."""
+    named = getattr(data.test, "ids", None) is not None  # else ids are positions, and say nothing
+    there = set(ids_of(data.test)) if named else set()
+    if not (count := sum(name in there for name in names)):
+        return ""
+    own = Path(data.source).suffix.lower() in _WITH_TEST
+    advice = "name a test set of its own with --data-option test=FILE" if own else "leave them out"
+    return f" ({count} are in the test set, which is held out of the training: {advice})"
 
 
 def _existing(path: Path | None, option: str) -> Path:

@@ -46,7 +46,7 @@ class Measuring:
     """How models are measured: the data, and what was asked for on the command line.
 
     Raises:
-        ValueError: prompts for a model that does not write.
+        ValueError: prompts for a model that does not write, or one without a token.
     """
 
     prepared: Prepared
@@ -63,6 +63,8 @@ class Measuring:
                 f"--prompt: got {self.prompts[0]!r} for a model that classifies, expected none; leave it out, only a "
                 "language model goes on from it"
             )
+        if empty := [prompt for prompt in self.prompts if not self.tokenizer(prompt)["input_ids"]]:
+            raise ValueError(f"--prompt: got {empty[0]!r} with no token in it, expected a text to go on from")
 
     def __call__(self, model: nn.Module, label: str) -> Measured:
         """Measure one model.

@@ -16,15 +16,15 @@ from torch import nn
 
 from rfa_fast.commands import options
 from rfa_fast.commands.alike import check_alike
+from rfa_fast.commands.early import check_run, check_settings, refuse_other_settings
 from rfa_fast.commands.inputs import ForgetRequest, ModelRequest, Prepared, load_data, prepare, settings_of
 from rfa_fast.commands.measure import REPORT_JSON, REPORT_PAGE, Measured, Measuring, finish, scenario
 from rfa_fast.commands.method import METHOD_NAMES, method_options, refuse_idle_length
 from rfa_fast.commands.shell import command_line, reported, results, say
 from rfa_fast.experiments.comparison import machine
-from rfa_fast.methods import METHODS, NonFiniteError, UnlearnInterrupted, UnlearnResult, hash_model
+from rfa_fast.methods import METHODS, NonFiniteError, UnlearnInterrupted, UnlearnResult, checks, hash_model
 from rfa_fast.methods import unlearn as run_unlearn
 from rfa_fast.methods.checkpoint import ADAPTER_FOLDER, RunFolder
-from rfa_fast.methods.checks import autocast_dtype
 from rfa_fast.methods.record import RECORD_FILE
 from rfa_fast.metrics import feature_distance
 from rfa_fast.models import save_model
@@ -123,7 +123,7 @@ def unlearn(
                                  rich_help_panel=_TRAINING, show_default=False)
     ] = None,
     seed: Annotated[
-        int, typer.Option(help="Of the split, the adapters and the order.", rich_help_panel=_TRAINING)
+        int, typer.Option(help="Of the split, the adapters and the order.", min=0, rich_help_panel=_TRAINING)
     ] = 0,
     checkpoint_every: Annotated[
         int | None, typer.Option(metavar="STEPS", help="Steps between checkpoints.", rich_help_panel=_TRAINING,
@@ -188,8 +188,9 @@ def unlearn(
             "lr": lr, "weight_decay": weight_decay, "schedule": schedule, "epochs": epochs,
             "batch_size": batch_size, "max_steps": max_steps,
             "forget_per_batch": _per_batch(forget_per_batch), "max_grad_norm": max_grad_norm,
-            "autocast": autocast_dtype(autocast), "seed": seed,
+            "autocast": checks.autocast_dtype(autocast), "seed": seed,
         }  # fmt: skip
+        check_settings(settings, checkpoint_every)
         _refuse_other_run(output, resume=resume)
         request = ModelRequest(model, weights, tokenizer, dtype, trust_remote_code, device)
         bundle = load_data(data, data_option or [], pad_to=pad_to, channels=channels)
@@ -201,6 +202,9 @@ def unlearn(
         measure = Measuring(
             prepared, eval_batch_size, eval_samples, tuple(prompt or ()), opened.tokenizer, seed, progress
         )
+        source = check_run(opened.model, prepared.subsets, settings)
+        if resume:
+            refuse_other_settings(output, opened.model, source, settings, merge=not keep_adapter)
         reference = None
         if retrained is not None:
             other = request.open_other(retrained, len(bundle.classes))
