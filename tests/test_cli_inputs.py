@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -200,3 +201,26 @@ def test_a_model_has_at_least_one_class(command: str) -> None:
     for number in ("-1", "0"):
         refused = run(command, "torchvision:resnet18", "--classes", number, code=2)
         assert "Invalid value for '--classes': " in refused.stderr
+
+
+def test_a_split_of_other_samples_is_refused(tmp_path: Path) -> None:
+    """Two lines on top, another draw of the test set, or another label: the indices mean other samples."""
+    lines = [json.dumps({"text": f"text {i}", "label": i % 2}) for i in range(20)]
+    file, moved, relabelled = (tmp_path / f"{name}.jsonl" for name in ("data", "moved", "relabelled"))
+    file.write_text("\n".join(lines))
+    moved.write_text("\n".join([json.dumps({"text": f"new {i}", "label": i}) for i in range(2)] + lines))
+    relabelled.write_text("\n".join([json.dumps({"text": "text 0", "label": 1}), *lines[1:]]))
+    split = ForgetRequest(forget_samples=3).make(load(file))
+    split.save(tmp_path / "split.json")
+    request = ForgetRequest(split=tmp_path / "split.json")
+    again = request.make(load(file))
+    assert (again, again.data) == (split, split.data)
+    renumbered = replace(load(file), classes=("1", "0"))
+    for part in (renumbered.train, renumbered.test):
+        part.labels = [1 - label for label in part.labels]
+    assert request.make(renumbered) == split  # in a model's own order
+    for other in (load(moved), load(relabelled), load(file, seed=5)):
+        with pytest.raises(ValueError, match=r"--split: .*split\.json was made of other samples than those of"):
+            request.make(other)
+    replace(split, data=None).save(tmp_path / "old.json")
+    assert ForgetRequest(split=tmp_path / "old.json").make(load(moved)) == split

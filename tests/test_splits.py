@@ -6,6 +6,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -334,3 +335,20 @@ def test_a_split_saved_by_several_processes_is_written_once_and_leaves_nothing_b
     assert list(tmp_path.iterdir()) == [file]
     with pytest.raises(FileExistsError, match="another split"):
         split_by_sample(10, 5, count=3, seed=0).save(file)
+
+
+def test_a_split_knows_the_data_that_it_is_of(tmp_path) -> None:
+    labels = [0, 1, 1, 0]
+    plain, known = (replace(split_by_class(labels, labels, 1), data=data) for data in (None, "abc"))
+    assert plain == known
+    assert plain.digest() == known.digest()
+    plain.save(tmp_path / "plain.json")
+    assert "data" not in json.loads((tmp_path / "plain.json").read_text())
+    known.save(tmp_path / "plain.json")  # a file of before stays as it is
+    assert Split.load(tmp_path / "plain.json").data is None
+    known.save(tmp_path / "known.json")
+    assert Split.load(tmp_path / "known.json").data == "abc"
+    with pytest.raises(FileExistsError, match="another split"):
+        replace(known, data="def").save(tmp_path / "known.json")
+    with pytest.raises(TypeError, match="data: got 3"):
+        replace(known, data=3)

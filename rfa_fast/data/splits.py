@@ -2,7 +2,7 @@
 
 A split holds indices, not data: it is small enough to be written beside every run, its digest says
 whether two runs worked on the same samples, and every method and every model of an experiment takes
-the same one. It does not hold the data's own identity; :func:`rfa_fast.data.ids_of` names samples.
+the same one. What its indices mean is said by a digest of the data, where it was given one.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
@@ -40,6 +40,8 @@ class Split:
         retain, forget: D_r and D_f, indices into the training set.
         retain_test, forget_test: D_rt and D_ft, indices into the test set; a sample split has no D_ft.
         seed: what the choice was drawn with (0 where nothing was drawn).
+        data: :meth:`rfa_fast.data.DataBundle.digest` of what the indices are of, if it is known; equal splits may
+            differ in it.
 
     Raises:
         ValueError: a subset is empty, holds an index twice or a negative one, or two overlap.
@@ -57,12 +59,15 @@ class Split:
     retain_test: tuple[int, ...]
     forget_test: tuple[int, ...] = ()
     seed: int = 0
+    data: str | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if self.scenario not in get_args(Scenario):
             raise ValueError(f"scenario: got {self.scenario!r}, expected one of {', '.join(get_args(Scenario))}")
         if not isinstance(self.target, str):
             raise TypeError(f"target: got {self.target!r}, expected a string")
+        if self.data is not None and not isinstance(self.data, str):
+            raise TypeError(f"data: got {self.data!r}, expected a digest or None")
         integer("seed", self.seed)
         for name in SUBSETS:
             indices = tuple(integer(name, index, minimum=0) for index in getattr(self, name))
@@ -82,7 +87,11 @@ class Split:
             >>> split_by_sample(10, 5, count=2, seed=0).digest() == split_by_sample(10, 5, count=2, seed=0).digest()
             True
         """
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+        content = json.dumps(self._content(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    def _content(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if name != "data"}
 
     def apply(self, train: Dataset[Item], test: Dataset[Item]) -> dict[str, Subset[Item]]:
         """The subsets of two datasets by name, `retain` to `forget_test`, without those that are empty.
@@ -144,12 +153,21 @@ class Split:
             True
         """
         path = Path(path)
-        content = json.dumps({"format": FORMAT, "digest": self.digest(), **asdict(self)}, indent=1) + "\n"
+        data = {} if self.data is None else {"data": self.data}
+        content = json.dumps({"format": FORMAT, "digest": self.digest(), **self._content(), **data}, indent=1) + "\n"
         if path.exists() and not overwrite:
-            if path.read_bytes() == content.encode():
+            if path.read_bytes() == content.encode() or self._held_by(path):
                 return
             raise FileExistsError(f"{path} holds another split; choose another file or say overwrite=True")
         write_atomically(path, content)
+
+    def _held_by(self, path: Path) -> bool:
+        """Whether a file holds this split without the data that it is of, as those of before did."""
+        try:
+            there = Split.load(path)
+        except ValueError:
+            return False
+        return there == self and (there.data is None or self.data is None)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Split:
@@ -167,13 +185,13 @@ class Split:
         if not isinstance(values, dict) or values.get("format") != FORMAT:
             got = values.get("format") if isinstance(values, dict) else type(values).__name__
             raise ValueError(f"{path}: got format {got!r}, expected {FORMAT!r}")
-        names = [field.name for field in fields(cls)]
+        names = [each.name for each in fields(cls) if each.name != "data"]
         if missing := [name for name in (*names, "digest") if name not in values]:
             raise ValueError(f"{path}: got no field {missing[0]!r}, expected {', '.join(names)} and digest")
         if wrong := [name for name in SUBSETS if not isinstance(values[name], list)]:
             raise ValueError(f"{path}: {wrong[0]}: got {values[wrong[0]]!r}, expected a list of indices")
         try:
-            split = cls(**{name: values[name] for name in names})
+            split = cls(**{name: values[name] for name in names}, data=values.get("data"))
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from error
         if split.digest() != values["digest"]:
