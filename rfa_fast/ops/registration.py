@@ -14,6 +14,8 @@ torch replaces an operator that is registered twice without a word, so this modu
 
 from __future__ import annotations
 
+import inspect
+import typing
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +25,7 @@ from rfa_fast.kernels.availability import interpreting
 
 NAMESPACE = "rfa_fast"
 Implementation = Callable[..., Any]
+_PLAIN = {"Tensor": torch.Tensor, "float": float, "int": int, "bool": bool, "str": str}
 
 
 def register(
@@ -68,9 +71,40 @@ def register(
         def traced(*args: Any) -> Any:
             return inner(*args) if _on_cpu(args) else launchers(*args)
 
+        # Some versions of torch go by the function's signature, whatever schema they are given.
+        traced.__signature__ = signature_of(schema)  # type: ignore[attr-defined]
         operator = torch.library.triton_op(f"{NAMESPACE}::{name}", traced, mutates_args=(), schema=schema)
     operator.register_fake(fake)
     return operator
+
+
+def signature_of(schema: str) -> inspect.Signature:
+    """The signature of a Python function of this schema.
+
+    Args:
+        schema: `"(Tensor x, …) -> (Tensor, …)"`, of tensors, numbers, texts, flags and lists of them.
+
+    Example:
+        >>> print(signature_of("(Tensor x, Tensor? bias, float scale) -> Tensor"))
+        (x: torch.Tensor, bias: Optional[torch.Tensor], scale: float) -> torch.Tensor
+    """
+    parsed = torch._C.parse_schema(f"{NAMESPACE}::operator{schema}")
+    results = tuple(_python_type(result.type) for result in parsed.returns)
+    given = [
+        inspect.Parameter(each.name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=_python_type(each.type))
+        for each in parsed.arguments
+    ]
+    returned = results[0] if len(results) == 1 else tuple[results]  # type: ignore[valid-type]
+    return inspect.Signature(given, return_annotation=returned)
+
+
+def _python_type(kind: Any) -> Any:
+    """The annotation that torch reads as this type of a schema, in the spelling that all its versions read."""
+    name = kind.annotation_str
+    if name in _PLAIN:
+        return _PLAIN[name]
+    inner = _python_type(kind.getElementType())
+    return typing.Optional[inner] if name.startswith("Optional") else typing.List[inner]  # type: ignore[valid-type]  # noqa: UP006, UP045
 
 
 def _on_cpu(args: tuple[Any, ...]) -> bool:

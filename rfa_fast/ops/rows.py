@@ -130,6 +130,11 @@ def autocast(tensor: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (tensor, *others))
 
 
+# Asked once: not every torch can ask it within a compiled function.
+_DEVICES = ("cpu", "cuda", "xpu", "mps", "hpu")
+_WITH_AUTOCAST = frozenset(kind for kind in _DEVICES if torch.amp.is_autocast_available(kind))
+
+
 def without_autocast(kind: str) -> AbstractContextManager[object]:
     """Context in which products stay in their own dtype: what :func:`autocast` narrows is narrow already.
 
@@ -141,4 +146,4 @@ def without_autocast(kind: str) -> AbstractContextManager[object]:
         ...     (torch.ones(1, 1) @ torch.ones(1, 1)).dtype
         torch.float32
     """
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+    return torch.autocast(kind, enabled=False) if kind in _WITH_AUTOCAST else nullcontext()
