@@ -173,8 +173,9 @@ def test_the_same_base_in_fp16(tmp_path, saved, loaded):
     assert rfa_fast.load(copy.deepcopy(base).to(loaded), tmp_path).names == tuple(names)
     again = rfa_fast.patch(copy.deepcopy(base).to(loaded), names, **options)
     again.save(tmp_path)  # replaces it without being asked twice
+    # Half a percent apart, as a fine-tuned model or an adapter that is merged in already may be.
     with torch.no_grad():
-        base.head.weight *= 1.01
+        base.head.weight *= 1 + 0.005 * torch.randn(base.head.weight.shape, generator=torch.Generator().manual_seed(1))
     refuses(tmp_path, ValueError, "1 of 3 layers differ, the first 'head'", copy.deepcopy(base).to(saved))
 
 

@@ -215,10 +215,12 @@ def test_a_split_of_other_samples_is_refused(tmp_path: Path) -> None:
     request = ForgetRequest(split=tmp_path / "split.json")
     again = request.make(load(file))
     assert (again, again.data) == (split, split.data)
-    renumbered = replace(load(file), classes=("1", "0"))
+    renumbered = replace(load(file), classes=("1", "0"))  # the model's order
     for part in (renumbered.train, renumbered.test):
         part.labels = [1 - label for label in part.labels]
-    assert request.make(renumbered) == split  # in a model's own order
+    assert request.make(renumbered) == split
+    named = load(file, classes=["Ham", "Spam"])
+    assert named.digest() == replace(named, classes=("ham", "SPAM")).digest() != load(file).digest()
     for other in (load(moved), load(relabelled), load(file, seed=5)):
         with pytest.raises(ValueError, match=r"--split: .*split\.json was made of other samples than those of"):
             request.make(other)

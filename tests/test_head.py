@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -105,9 +106,23 @@ def evaluate(model: nn.Module) -> float:
 
 
 def test_a_wrapped_language_model_is_trained_as_one() -> None:
-    ids, mask = IDS[:2], torch.ones_like(IDS[:2])
+    ids, inputs = IDS[:2], {"input_ids": IDS[:2], "attention_mask": torch.ones_like(IDS[:2])}
     losses = [
-        _loss(model, {"input_ids": ids, "attention_mask": mask}, ids, torch.device("cpu")).item()
+        _loss(model, inputs, ids, torch.device("cpu")).item()
         for model in (tiny_language_model().eval(), nn.DataParallel(tiny_language_model()).eval())
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert losses[0] == pytest.approx(
+        _loss(Gathering(tiny_language_model()).eval(), inputs, ids, torch.device("cpu")).item(), rel=1e-6
+    )
+
+
+class Gathering(nn.DataParallel):
+    """What DataParallel does on two devices: halves of the batch, whose losses it gathers as a vector."""
+
+    def forward(self, **inputs):
+        halves = [self.module(**{k: v[i : i + 1] for k, v in inputs.items()}) for i in range(2)]
+        gathered = {"logits": torch.cat([half.logits for half in halves])}
+        if "labels" in inputs:
+            gathered["loss"] = torch.stack([half.loss for half in halves])
+        return SimpleNamespace(**gathered)

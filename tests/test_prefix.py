@@ -156,6 +156,18 @@ def test_what_nobody_sees_shows_in_what_the_model_gives():
         cached_step(Noisy(*(nn.Linear(5, 5) for _ in range(3))), ["2"])
 
 
+def test_what_a_model_returns_beside_its_logits_is_its_own_affair():
+    """Attention weights are collected in the blocks, which have none where they answer."""
+    model = tiny_language_model(4)
+    model.set_attn_implementation("eager")
+    model.config.output_attentions = True
+    rfa = rfa_fast.patch(model, "deep", rank=2, seed=0)
+    step = compile_step(rfa, torch.optim.SGD(rfa.parameters(), lr=0.1), cache_prefix=True, compile=False)
+    batch = next(iter(batches((4, 8))))
+    plain = rfa_fast.patch(tiny_language_model(4), "deep", rank=2, seed=0)
+    assert step(*batch).total.item() == pytest.approx(plain.loss(*batch).total.item(), rel=1e-5)
+
+
 class Towers(nn.Module):
     """Two lists of blocks, the first of which runs last; or a model that does something else with two blocks."""
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -282,6 +283,27 @@ def test_other_samples_under_the_same_names(tmp_path: Path, what: str) -> None:
         unlearn(model, forget, retain, output_dir=tmp_path / "cut", resume=True, **OPTIONS)
     assert hash_model(model) == before
     check_equal(run(tmp_path / "cut", resume=True), run(tmp_path / "whole"))
+
+
+def test_data_with_a_generator_of_its_own_go_on_and_that_is_said(tmp_path: Path) -> None:
+    class Own(Dataset[Any]):
+        draws, labels = np.random.default_rng(0), [i % 3 for i in range(20)]
+
+        def __len__(self) -> int:
+            return 20
+
+        def __getitem__(self, index: int) -> tuple[Tensor, int]:
+            return torch.full((2, 6, 6), float(self.draws.random())), index % 3
+
+    _, retain = data()
+
+    def go(**extra: Any) -> Any:
+        return unlearn(net(), Own(), retain, output_dir=tmp_path, **OPTIONS, **extra)
+
+    with pytest.raises(RuntimeError):
+        go(callbacks=[stop_at(3, RuntimeError())])
+    with pytest.warns(UserWarning, match="from a generator that torch, numpy.random and random do not seed"):
+        assert len(go(resume=True).history) == go(resume=True).record["training"]["steps"]
 
 
 def test_loader_that_does_not_repeat_itself(tmp_path: Path) -> None:

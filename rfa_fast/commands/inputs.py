@@ -116,10 +116,11 @@ class ForgetRequest:
                 split of other data.
             FileNotFoundError: no such file.
         """
-        return replace(self._made(data), data=data.digest())
-
-    def _made(self, data: DataBundle) -> Split:
         self.check()
+        digest = data.digest()
+        return replace(self._made(data, digest), data=digest)
+
+    def _made(self, data: DataBundle, digest: str) -> Split:
         if self.forget_class is not None:
             return split_by_class(data.train.labels, data.test.labels, self.forget_class, data.classes)
         if self.forget_samples is not None:
@@ -132,7 +133,7 @@ class ForgetRequest:
             return _split_by_ids(data, self.forget_ids)
         split = Split.load(_existing(self.split, "--split"))
         split.apply(data.train, data.test)
-        if split.data not in (None, data.digest()):
+        if split.data not in (None, digest):
             raise ValueError(
                 f"--split: {self.split} was made of other samples than those of {data.name} are now, in names, "
                 "classes, texts or order; expected the same data with the same --data-option, or make a new split "

@@ -43,8 +43,8 @@ class DataBundle:
     def digest(self) -> str:
         """SHA-256 over names, classes and texts of all samples in their order: what the indices of a split mean.
 
-        Pixels are left out, which a padding or another scale changes and not the sample; so is the order of the
-        classes, which is the model's.
+        Pixels are left out, which a padding or another scale changes and not the sample: images without a name are
+        known by their classes alone. So are the order and the case of the classes' names, which are the model's.
 
         Example:
             >>> from rfa_fast.data import load
@@ -54,6 +54,6 @@ class DataBundle:
         digest = hashlib.sha256()
         for part in (self.train, self.test):
             texts = getattr(part, "texts", None)
-            named = [self.classes[label] for label in part.labels]
+            named = [self.classes[label].casefold() for label in part.labels]
             digest.update(json.dumps([ids_of(part), named, None if texts is None else list(texts)]).encode())
         return digest.hexdigest()

@@ -16,7 +16,7 @@ from rfa_fast.data.bundle import DataBundle
 from rfa_fast.data.datasets import check_labels
 from rfa_fast.data.draws import integer
 from rfa_fast.data.images import Normalise, statistics
-from rfa_fast.data.own import few, held_out, named_in_unicode
+from rfa_fast.data.own import encodes, few, held_out, named_in_unicode
 from rfa_fast.data.splits import stratified_split
 
 SUFFIXES = (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -198,15 +198,20 @@ def _walk(root: Path) -> _Found:
     if not folders:
         raise ValueError(f"{root}: got no folder, expected one folder of images per class")
     found = _Found([folder.name for folder in folders], [], [], _loose(root))
+    divided: list[Path] = []
     for index, folder in enumerate(folders):
         inside = [path for path in sorted(folder.rglob("*")) if not _junk(*path.relative_to(folder).parts)]
         images = [path for path in inside if path.suffix.lower() in SUFFIXES]
         within = {path.relative_to(folder).parts[0] for path in images}
         if not any(path.parent == folder for path in images) and len(within) != 1:  # class/images/0.png is a habit
-            raise _without_images(root, folder)
+            divided.append(folder)
+            if not images or folder.name.lower() in (*TRAINING, *TESTING):
+                raise _without_images(root, folder)
         found.files.extend(named_in_unicode(path) for path in images)
         found.labels.extend([index] * len(images))
         found.others.extend(path for path in inside if path.suffix.lower() not in SUFFIXES and path.is_file())
+    if divided == folders:  # the classes are further down
+        raise _without_images(root, folders[0])
     return found
 
 
@@ -242,11 +247,8 @@ def _left_out(root: Path, files: Sequence[Path]) -> list[str]:
     """Notes on the files that were not taken."""
     notes: list[str] = []
     for what, images in (("files that are no images", False), ("images that lie in no class", True)):
-        names = [
-            named_in_unicode(file).relative_to(root).as_posix()
-            for file in files
-            if (file.suffix.lower() in SUFFIXES) is images
-        ]
+        names = [file.relative_to(root).as_posix() for file in files if (file.suffix.lower() in SUFFIXES) is images]
+        names = [name if encodes(name) else ascii(name) for name in names]
         if names:
             notes.append(f"{len(names)} {what} left out: {few(names)}")
     return notes

@@ -186,7 +186,8 @@ class ScenarioRun:
     def unlearned(self, method: Method) -> Row:
         """The row of one method, which starts from a copy of the Original."""
         settings, name = self._method_settings(method), f"{self.name}-{slug(method.label)}"
-        folder = None if self.output is None else self.output / "runs" / f"{name}-{settings_key(settings)}"
+        key = settings_key({k: v for k, v in settings.items() if k != "test"})  # a run does not read the test set
+        folder = None if self.output is None else self.output / "runs" / f"{name}-{key}"
 
         def run() -> Row:
             model = copy.deepcopy(self.original.model)

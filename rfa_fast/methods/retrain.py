@@ -30,7 +30,6 @@ from rfa_fast.methods.parts import Parts, parts
 from rfa_fast.methods.progress import ProgressReport
 from rfa_fast.methods.schedule import Schedule, check_schedule, learning_rates, steps_in_all
 from rfa_fast.methods.seeding import derive_seed, isolated_generators, seed_generators
-from rfa_fast.names import unwrapped
 from rfa_fast.objective import IGNORED_LABEL
 from rfa_fast.padding import real_labels
 
@@ -254,17 +253,17 @@ class _Epochs:
 
 
 def _loss(model: nn.Module, inputs: Tensor | dict[str, Tensor], labels: Tensor, device: torch.device) -> Tensor:
-    given = labels = real_labels(
-        inputs, labels, shift=predicts_next_token(model), encoder_decoder=is_encoder_decoder(model)
-    )
-    counted = bool((given[:, 1:] if given.ndim == 2 and predicts_next_token(model) else given).ne(IGNORED_LABEL).any())
+    shift = predicts_next_token(model) and labels.ndim == 2
+    given = labels = real_labels(inputs, labels, shift=shift, encoder_decoder=is_encoder_decoder(model))
+    counted = bool((given[:, 1:] if shift else given).ne(IGNORED_LABEL).any())
     labels = labels.to(device)
     if isinstance(inputs, Mapping):
         moved = {k: v.to(device) for k, v in inputs.items()}
-        if hasattr(unwrapped(model), "config") and counted:
+        # A wrapper's parts may each have a loss: the one of all of them is taken from what it gathers.
+        if hasattr(model, "config"):
             output = model(**moved, labels=labels)
             loss = getattr(output, "loss", None)
-            if isinstance(loss, Tensor):
+            if isinstance(loss, Tensor) and counted:
                 return loss
         else:
             output = model(**moved)
@@ -280,6 +279,8 @@ def _loss(model: nn.Module, inputs: Tensor | dict[str, Tensor], labels: Tensor, 
             raise ValueError(f"labels: got {int(wrong[0])}, expected 0 to {logits.shape[-1] - 1}, or {IGNORED_LABEL}")
     if not counted:  # the mean over nothing is 0/0
         return 0 * logits.float().sum()
+    if shift:
+        logits, labels = logits[:, :-1], labels[:, 1:]
     return F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORED_LABEL)
 
 

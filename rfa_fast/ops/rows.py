@@ -131,7 +131,7 @@ def autocast(tensor: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...
 
 
 # Asked once: not every torch can ask it within a compiled function.
-_DEVICES = ("cpu", "cuda", "xpu", "mps", "hpu")
+_DEVICES = ("cpu", "cuda", "xpu", "mps", "hpu", "xla", "mtia", "maia", "ipu", torch._C._get_privateuse1_backend_name())
 _WITH_AUTOCAST = frozenset(kind for kind in _DEVICES if torch.amp.is_autocast_available(kind))
 
 

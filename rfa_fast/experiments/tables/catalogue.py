@@ -106,9 +106,12 @@ class TableSpec:
         """
         if self.sweep is None:
             return True
-        if self.sweep.option == "targets" and row.head_only:
-            return False
-        return self.sweep.option in ("lr", *method_settings({"method": row.method}))
+        if self.sweep.option == "lr":
+            return True
+        if self.sweep.option == "targets":
+            return not row.head_only and "targets" in method_settings({"method": row.method})
+        # Another method's γ is another thing.
+        return row.method in {ROWS[name].method for name in self.rows}
 
 
 def _pairs(kind: str, model: str = "") -> tuple[str, ...]:
