@@ -117,7 +117,8 @@ def precision(dtype: torch.dtype, device: torch.device) -> str:
         >>> precision(torch.float32, torch.device("cpu"))
         'ieee'
     """
-    allowed = dtype == torch.float32 and device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
+    # The older of the two switches, allow_tf32, sets this one, and cannot be read once this one is set.
+    allowed = dtype == torch.float32 and device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if allowed else "ieee"
 
 

@@ -208,6 +208,10 @@ class GroupContext:
         if not torch.compiler.is_compiling():
             self.note_retain(batch)
 
+    def prediction_on(self, device: torch.device) -> Tensor | None:
+        """ỹ of the batch before, where the model is now, or `None`."""
+        return None if self.mean_prediction is None else self.mean_prediction.to(device)
+
     def end(self) -> None:
         """The forward is over: outside of it a layer has no group. What was reported stays until it is cleared."""
         self.batch, self.memory = None, {}

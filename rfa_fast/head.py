@@ -8,10 +8,10 @@ logits after the head (a scale, a clamp) is noticed, and gets the plain path.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,8 @@ from rfa_fast.names import unwrapped
 from rfa_fast.objective import FORGET, IGNORE, IGNORED_LABEL, RETAIN, TaskSums, check_range, mean_prediction, task_sums
 from rfa_fast.padding import without_padding
 from rfa_fast.targets import inherits_forward, output_embeddings
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ def logits_and_task(
 def output_layer(model: nn.Module, context: GroupContext) -> nn.Linear | None:
     """The language-model head whose product can be taken chunk by chunk, or `None`.
 
-    An adapted one can be, too, unless teacher mode wants to know its original logits.
+    An adapted one can be, too, unless teacher mode wants to know its original logits, or its features are samples'.
 
     Example:
         >>> from rfa_fast.config import RFAConfig
@@ -149,7 +151,9 @@ def output_layer(model: nn.Module, context: GroupContext) -> nn.Linear | None:
     if not isinstance(head, RFALayer):
         plain = context.head_is_aside or (inherits_forward(type(head), nn.Linear) and "forward" not in head.__dict__)
         return head if plain else None
-    return head if head.adapter == "lora" and context.config.mode == "residual" and context.enabled else None
+    config = context.config
+    by_chunk = head.adapter == "lora" and config.mode == "residual" and config.feature_mean != "sample"
+    return head if by_chunk and context.enabled else None
 
 
 def head_aside(model: nn.Module, labels: Tensor, context: GroupContext) -> nn.Linear | None:
@@ -161,6 +165,37 @@ def head_aside(model: nn.Module, labels: Tensor, context: GroupContext) -> nn.Li
         True
     """
     return output_layer(model, context) if labels.ndim == 2 and context.head_stands_aside else None
+
+
+def trying_aside(run: Callable[[], Result], head: nn.Linear | None, context: GroupContext) -> Result:
+    """`run()`; where the model fails as it has no logits, once more with the head in its place, from then on.
+
+    Some add a bias as long as the vocabulary to what the head gives, or take some of its columns.
+
+    Args:
+        run: forwards of the model.
+        head: stands aside in them, or `None`.
+        context: the model's.
+
+    Example:
+        >>> from rfa_fast.config import RFAConfig
+        >>> trying_aside(lambda: 3, None, GroupContext(RFAConfig()))
+        3
+    """
+    try:
+        return run()
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, IndexError):
+        if head is None or not context.head_stands_aside:
+            raise
+    context.head_stands_aside, done = False, False
+    try:
+        result = run()
+        done = True
+        return result
+    finally:
+        context.head_stands_aside = not done  # an error that the head has nothing to do with
 
 
 def _fused(

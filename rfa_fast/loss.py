@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from rfa_fast.checkpointing import blocks_checkpoint, mark
 from rfa_fast.config import RFAConfig
 from rfa_fast.forwards import flags_down
 from rfa_fast.groups import Batch, GroupContext, LayerTerms, make_batch
-from rfa_fast.head import TaskTerms, check_labels, head_aside, logits_and_task
+from rfa_fast.head import TaskTerms, check_labels, head_aside, logits_and_task, trying_aside
 from rfa_fast.modules import RFALayer
 from rfa_fast.objective import RFALoss, accumulation_dtype, combine
 from rfa_fast.padding import Inputs, batch_of, decoder_inputs
@@ -101,9 +102,11 @@ def evaluate(
     """
     context.prefix_output = prefix_output
     try:
+        run = partial(_forward, model, names, context, inputs, labels, batch, memory, mean_prediction)
         task: TaskTerms | None = None
         while task is None:  # a second time where the head stood aside for nothing
-            task = _forward(model, names, context, inputs, labels, batch, memory, mean_prediction)
+            tried = not torch.compiler.is_compiling() and not context.head_is_aside
+            task = trying_aside(run, head_aside(model, labels, context), context) if tried else run()
         retain, forget = alignment(names, context)
         losses = combine(
             retain, forget, task.retain, task.forget, layers=len(names), gamma=context.config.gamma,

@@ -33,7 +33,7 @@ def fold_into_weights(layers: Mapping[str, RFALayer], dtype: torch.dtype | None)
     """
     lost: dict[str, float] = {}
     kinds = {layer.weight.device.type for layer in layers.values()}
-    with torch.no_grad(), ExitStack() as stack:
+    with torch.inference_mode(False), torch.no_grad(), ExitStack() as stack:  # weights that autograd may keep
         for kind in kinds:
             stack.enter_context(without_autocast(kind))
         for name, layer in layers.items():

@@ -265,7 +265,9 @@ def task_sums(logits: Tensor, labels: Tensor, group: Tensor, soft_label: Tensor)
         log_p = F.log_softmax(logits.to(accumulation_dtype(logits.dtype)), dim=-1)
         safe = torch.where(kept, labels, 0)
         retain = -torch.where(kept, log_p.gather(1, safe[:, None]).squeeze(1), 0).sum()
-        forget = -torch.where(forgotten, log_p @ soft_label.to(log_p), 0).sum()
+        # A class that ỹ rules out adds nothing, even one whose logit is −∞.
+        weighted = torch.where(soft_label != 0, log_p, 0) @ soft_label.to(log_p)
+        forget = -torch.where(forgotten, weighted, 0).sum()
     return TaskSums(retain, forget, kept.sum(), forgotten.sum())
 
 

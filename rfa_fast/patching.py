@@ -213,7 +213,7 @@ class RFA:
         with self._one_batch(batch), self._prefix.shared(self._context):
             found = evaluate(
                 self.model, self.names, self._context, inputs, labels, batch, remembered(self.layers),
-                self._context.mean_prediction,
+                self._context.prediction_on(self._device()),
             )  # fmt: skip
         self._keep(found)
         return found.losses
@@ -250,6 +250,7 @@ class RFA:
             stack.enter_context(self._one_batch(batch))
             stack.enter_context(self._prefix.shared(self._context))
             stack.callback(self._context.end)
+            stack.push(lambda error, *_: self._context.clear() if error else None)
             self._context.begin(batch, remembered(self.layers))
             yield
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from rfa_fast.compiler import compiler_settings
 from rfa_fast.forwards import batch_statistics
 from rfa_fast.groups import Batch, WholeBatch
-from rfa_fast.head import head_aside, labelled_rows, standing_aside
+from rfa_fast.head import head_aside, labelled_rows, standing_aside, trying_aside
 from rfa_fast.loss import Evaluation, evaluate, prepare, remembered
 from rfa_fast.objective import FORGET, RETAIN, RFALoss
 from rfa_fast.padding import Inputs
@@ -218,7 +218,7 @@ class Step:
             else:
                 stack.enter_context(rfa._prefix.shared(context))
             if self._compiled is None:
-                memory, prediction = remembered(rfa.layers), context.mean_prediction
+                memory, prediction = remembered(rfa.layers), context.prediction_on(rfa._device())
                 found = self._evaluate(inputs, labels, batch, memory, prediction, output)
             else:
                 memory, prediction = self._known(inputs, labels, batch, output)
@@ -250,10 +250,15 @@ class Step:
         output = self.cache.get(keys, self.rfa._device())
         if output is None:
             head = head_aside(self.rfa.model, labels, self.rfa._context)
-            aside = nullcontext if head is None else partial(standing_aside, head)
-            output = self.rfa._prefix.run(self.rfa.model, inputs, aside)
+            run = partial(self._run_prefix, inputs, labels)
+            output = trying_aside(run, head, self.rfa._context)
             self.cache.put(keys, output)
         return output
+
+    def _run_prefix(self, inputs: Inputs, labels: Tensor) -> Tensor:
+        head = head_aside(self.rfa.model, labels, self.rfa._context)
+        aside = nullcontext if head is None else partial(standing_aside, head)
+        return self.rfa._prefix.run(self.rfa.model, inputs, aside)
 
     def _autocast(self) -> Any:
         return nullcontext() if self.autocast is None else torch.autocast(self.rfa._device().type, self.autocast)
@@ -265,7 +270,8 @@ class Step:
         key = "tokens" if batch.token_units else _shape_of(inputs, labels, batch)[1:]
         if key not in self._shapes:
             with torch.no_grad():
-                found = self._evaluate(inputs, labels, batch, remembered(rfa.layers), context.mean_prediction, output)
+                known = context.prediction_on(rfa._device())
+                found = self._evaluate(inputs, labels, batch, remembered(rfa.layers), known, output)
             blank = {
                 name: (torch.zeros_like(mean), torch.zeros_like(known)) for name, (mean, known) in found.means.items()
             }
@@ -275,7 +281,8 @@ class Step:
         for name, (mean, known) in remembered(rfa.layers).items():
             if name in blank and mean.shape == blank[name][0].shape and known.shape == blank[name][1].shape:
                 memory[name] = mean, known
-        return memory, nothing if context.mean_prediction is None else context.mean_prediction
+        known = context.prediction_on(rfa._device())
+        return memory, nothing if known is None else known
 
     def _open(self, inputs: Inputs, labels: Tensor, batch: Batch, output: Tensor | None) -> None:
         """From the second shape on, leave batch and length open, both at once."""

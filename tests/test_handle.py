@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
+import weakref
 from collections import OrderedDict
 
 import pytest
@@ -372,3 +374,40 @@ def test_a_mean_that_is_not_finite_is_not_aimed_at_by_a_loop_of_ones_own():
         with rfa.groups(flags):
             net(x)
             assert torch.allclose(rfa.alignment_loss(), torch.tensor(expected), equal_nan=True)
+
+
+def test_an_error_inside_groups_keeps_nothing_of_the_batch(net: nn.Module, images: Tensor) -> None:
+    rfa = rfa_fast.patch(net, ["conv", "head"], rank=2, seed=0)
+    seen: list[weakref.ref[Tensor]] = []
+    net.register_forward_hook(lambda module, args, output: seen.append(weakref.ref(output)))
+
+    def fail() -> None:
+        with rfa.groups(FORGET):
+            net(images)
+            raise LookupError
+
+    with pytest.raises(LookupError):
+        fail()
+    gc.collect()
+    assert seen[0]() is None
+    assert rfa._context.terms == {}
+    with rfa.groups(FORGET):  # the next batch is as any
+        net(images)
+        assert rfa.alignment_loss().isfinite()
+
+
+def test_weights_merged_in_inference_mode_can_be_trained(net: nn.Module, images: Tensor) -> None:
+    rfa = rfa_fast.patch(net, ["conv", "head"], rank=2, seed=0)
+    scatter(rfa)
+    with torch.inference_mode():
+        rfa.merge()
+    net(images).sum().backward()
+    assert net.conv.weight.grad is not None
+
+
+def test_the_mean_prediction_goes_where_the_model_is(net: nn.Module, images: Tensor) -> None:
+    rfa = rfa_fast.patch(net, ["conv", "head"], rank=2, seed=0)
+    assert rfa._context.prediction_on(torch.device("cpu")) is None
+    rfa.loss(images, LABELS, FORGET)
+    assert rfa._context.prediction_on(torch.device("cpu")) is rfa._context.mean_prediction
+    assert rfa._context.prediction_on(torch.device("meta")).device.type == "meta"

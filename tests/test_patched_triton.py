@@ -10,6 +10,7 @@ from kernel_cases import few_programs, launches
 from torch import nn
 
 import rfa_fast
+from rfa_fast.functional import rfa_head_loss, rfa_linear
 
 __all__ = ["few_programs"]
 
@@ -94,3 +95,59 @@ def test_an_activation_in_place_after_a_layer_whose_output_is_kept():
     assert float(model[0].lora_b.grad.abs().sum()) > 0
     rfa.remove()
     assert model[1].inplace
+
+
+@pytest.mark.parametrize("mode", ["residual", "teacher"])
+def test_a_convolution_runs_under_autocast(mode):
+    """Its Gram matrices were narrowed, which its kernels do not take."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 5))
+    images, labels, forget = torch.randn(4, 3, 6, 6), torch.tensor([0, 3, 2, 1]), torch.arange(4) < 2
+    losses = []
+    for backend in ("torch", "triton"):
+        rfa = rfa_fast.patch(copy.deepcopy(model), ["0", "3"], rank=2, seed=0, backend=backend, mode=mode)
+        generator = torch.Generator().manual_seed(1)
+        for layer in rfa.layers.values():
+            layer.lora_b.data.normal_(generator=generator)
+        optimizer = torch.optim.SGD(rfa.parameters(), 0.0)
+        losses.append(
+            rfa_fast.compile_step(rfa, optimizer, autocast=torch.bfloat16, compile=False)(images, labels, forget)
+        )
+    for one, other in zip(*losses, strict=True):
+        assert torch.allclose(one, other, rtol=0.1)  # the interpreter truncates where a GPU rounds
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_autocast_narrows_no_sum_of_an_operator(backend):
+    """Between operands of bf16 there is nothing for autocast to do, and fp32 sums are none of its affair."""
+    torch.manual_seed(0)
+    x, weight, a, b = (torch.randn(*shape).bfloat16() for shape in ((24, 40), (16, 40), (4, 40), (16, 4)))
+    labels, group = torch.arange(24) % 16, (torch.arange(24) % 2).to(torch.int8)
+    target, soft = torch.randn(16), torch.rand(16).softmax(0)
+
+    def figures():
+        linear = rfa_linear(
+            x, weight, a.float(), b.float(), scale=2.0, group=group, target=target, norm="l2", backend=backend
+        )
+        head = rfa_head_loss(x, weight, labels, group, mean_prediction=soft, backend=backend)
+        return linear.retain_loss, linear.forget_loss, head.retain, head.forget, head.mean_prediction
+
+    plain = figures()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for one, other in zip(figures(), plain, strict=True):
+            assert torch.equal(one, other)
+
+
+def test_tf32_is_what_torch_s_switches_say(monkeypatch):
+    from rfa_fast.kernels.common import precision
+
+    matmul, cuda = torch.backends.cuda.matmul, torch.device("cuda")
+    was = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = "tf32"
+        assert precision(torch.float32, cuda) == "tf32"
+        assert precision(torch.float32, torch.device("cpu")) == precision(torch.bfloat16, cuda) == "ieee"
+        matmul.fp32_precision = "ieee"
+        assert precision(torch.float32, cuda) == "ieee"
+    finally:
+        matmul.fp32_precision = was

@@ -16,12 +16,14 @@ from __future__ import annotations
 
 import inspect
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 
 from rfa_fast.kernels.availability import interpreting
+from rfa_fast.ops.rows import without_autocast
 
 NAMESPACE = "rfa_fast"
 Implementation = Callable[..., Any]
@@ -54,14 +56,19 @@ def register(
     if hasattr(getattr(torch.ops, NAMESPACE), name):
         raise ValueError(f"name: got {name!r}, expected one that is not registered under {NAMESPACE!r} yet")
 
+    def launched(*args: Any) -> Any:
+        with _as_given(args):
+            return launchers(*args)
+
     def on_host(*args: Any) -> Any:
-        return launchers(*args) if interpreting() else host(*args)
+        with _as_given(args):
+            return launchers(*args) if interpreting() else host(*args)
 
     operator: Any
     if opaque:
 
         def anywhere(*args: Any) -> Any:
-            return on_host(*args) if _on_cpu(args) else launchers(*args)
+            return on_host(*args) if _on_cpu(args) else launched(*args)
 
         operator = torch.library.custom_op(f"{NAMESPACE}::{name}", anywhere, mutates_args=(), schema=schema)
     else:
@@ -69,7 +76,7 @@ def register(
         inner.register_fake(fake)
 
         def traced(*args: Any) -> Any:
-            return inner(*args) if _on_cpu(args) else launchers(*args)
+            return inner(*args) if _on_cpu(args) else launched(*args)
 
         # Some versions of torch go by the function's signature, whatever schema they are given.
         traced.__signature__ = signature_of(schema)  # type: ignore[attr-defined]
@@ -108,4 +115,24 @@ def _python_type(kind: Any) -> Any:
 
 
 def _on_cpu(args: tuple[Any, ...]) -> bool:
-    return next(a for a in args if isinstance(a, torch.Tensor)).device.type == "cpu"
+    return _device(args).type == "cpu"
+
+
+def _device(args: tuple[Any, ...]) -> torch.device:
+    return next(a for a in args if isinstance(a, torch.Tensor)).device
+
+
+@contextmanager
+def _as_given(args: tuple[Any, ...]) -> Iterator[None]:
+    """Products stay in the dtype that they are written in, and of several GPUs the tensors' own is launched on.
+
+    What autocast narrows is narrow already; fp32 sums are so for a reason. Triton launches on the current device.
+    """
+    device = _device(args)
+    with ExitStack() as stack:
+        stack.enter_context(without_autocast(device.type))
+        if device.type == "cuda" and torch.cuda.device_count() > 1:
+            stack.enter_context(torch.cuda.device(device))
+        elif device.type == "xpu" and torch.xpu.device_count() > 1:
+            stack.enter_context(torch.xpu.device(device))
+        yield

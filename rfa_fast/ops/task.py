@@ -74,7 +74,7 @@ def _exponentials(
     z -= top
     hit = z.gather(1, hits).squeeze(1)
     # −Σ ỹ log p = Σ ỹ · log Z − Σ ỹ z, before z is overwritten.
-    soft = z @ soft_label if soft_label is not None else None
+    soft = _weighted(z, soft_label) if soft_label is not None else None
     total = z.exp_().sum(1)
     log_total = total.log()
     loss = torch.where(chosen.kept, log_total - hit, 0)
@@ -117,6 +117,14 @@ def _gradient_host(
             du *= weights[part, None]
         result[part] = du
     return result, sums
+
+
+def _weighted(rows: Tensor, soft_label: Tensor) -> Tensor:
+    """Σ ỹ z of each row `(m,)`; a class that ỹ rules out adds nothing, even one whose logit is −∞."""
+    found = rows @ soft_label
+    if rows.device.type == "cpu" and bool(found.isfinite().all()):
+        return found
+    return torch.where(soft_label != 0, rows, 0) @ soft_label
 
 
 def _mass(soft_label: Tensor | None) -> Tensor | float:
@@ -163,7 +171,7 @@ def _scored_host(
         second = torch.empty_like(z) if second is None else second
         log_p = torch.log_softmax(z, 1, out=second[: z.shape[0]])
         each = torch.where(chosen.kept, -log_p.gather(1, hits[part]).squeeze(1), 0)
-        loss[part] = each if soft_label is None else torch.where(chosen.forgotten, -(log_p @ soft_label), each)
+        loss[part] = each if soft_label is None else torch.where(chosen.forgotten, -_weighted(log_p, soft_label), each)
         du = log_p.exp_()
         if sums is not None:
             sums.addmv_(du.mT, chosen.kept.float())
