@@ -12,6 +12,7 @@ ordinary tensors of the autograd graph; no hook is involved.
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -229,7 +230,7 @@ class GroupContext:
             warnings.warn(
                 "this batch has no retain sample and none came before it, so there is no mean feature to align with: "
                 "its forget terms are 0; use a sampler that puts retain samples into every batch",
-                stacklevel=5,
+                stacklevel=_outside(),
             )
         self.seen_retain = True
 
@@ -348,3 +349,11 @@ __all__ = [
     "flat_rows",
     "make_batch",
 ]
+
+
+def _outside() -> int:
+    """The `stacklevel` at which a warning of the caller's names the line that called this package."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == __package__:
+        frame, level = frame.f_back, level + 1
+    return level

@@ -289,8 +289,9 @@ def test_batch_without_retain_takes_the_last_means(net: nn.Module, images: Tenso
     rfa = rfa_fast.patch(net, NAMES, rank=2, mode=mode, norm=norm, adapter_dtype=torch.float64)
     scatter(rfa)
     forget = torch.ones(5, dtype=torch.bool)
-    with pytest.warns(UserWarning, match="no retain sample and none came before"):
+    with pytest.warns(UserWarning, match="no retain sample and none came before") as caught:
         loss = rfa.loss(images, LABELS, forget)
+    assert caught[0].filename == __file__  # the caller's line, however deep it is said
     assert all(value.item() == 0.0 for value in loss)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # it is said once
