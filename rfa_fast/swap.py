@@ -6,6 +6,8 @@ list that refers to it. Restoring is giving the class back.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -30,8 +32,20 @@ def adapted_class(kind: str, original: type[nn.Module]) -> type[nn.Module]:
         return ours
     key = (ours, original)
     if key not in _MIXED:
-        _MIXED[key] = type(f"RFA{original.__name__}", key, {"__module__": ours.__module__})
+        own = {"__module__": ours.__module__, "__reduce_ex__": _reduced}
+        _MIXED[key] = type(f"RFA{original.__name__}", key, own)
     return _MIXED[key]
+
+
+def _reduced(layer: RFALayer, protocol: int) -> tuple[Any, ...]:
+    """How a layer of a mixed class is copied and pickled: no module has its class by name."""
+    kind = next(kind for kind, ours in _CLASSES.items() if isinstance(layer, ours))
+    return (_blank, (kind, layer.rfa_original_class), *object.__reduce_ex__(layer, protocol)[2:])
+
+
+def _blank(kind: str, original: type[nn.Module]) -> nn.Module:
+    mixed = adapted_class(kind, original)
+    return mixed.__new__(mixed)
 
 
 def adapt(

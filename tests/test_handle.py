@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import math
+import sys
 import weakref
 from collections import OrderedDict
 
@@ -411,3 +412,26 @@ def test_the_mean_prediction_goes_where_the_model_is(net: nn.Module, images: Ten
     rfa.loss(images, LABELS, FORGET)
     assert rfa._context.prediction_on(torch.device("cpu")) is rfa._context.mean_prediction
     assert rfa._context.prediction_on(torch.device("meta")).device.type == "meta"
+
+
+class Loud(nn.Linear):
+    """A linear layer of one's own."""
+
+
+def test_a_patched_model_with_a_layer_of_ones_own_is_copied_and_saved_whole() -> None:
+    """`torch.save(model)` names classes and functions by module: the layer's own class is in none."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 6), Loud(6, 4))
+    rfa = rfa_fast.patch(net, ["0", "1"], rank=2, seed=0)
+    scatter(rfa)
+    x = torch.randn(3, 5)
+    other = copy.deepcopy(net)
+    assert [type(layer).__name__ for layer in other] == ["RFALinear", "RFALoud"]
+    assert isinstance(other[1], Loud)
+    assert torch.equal(other(x), net(x))
+    make, arguments, *_ = net[1].__reduce_ex__(2)
+    assert getattr(sys.modules[make.__module__], make.__qualname__) is make
+    assert arguments == ("linear", Loud)
+    assert type(make(*arguments)).__name__ == "RFALoud"
+    rfa.remove()
+    assert [type(layer) for layer in net] == [nn.Linear, Loud]
