@@ -3,9 +3,9 @@
 A small real language model that is first taught answers it does not know, so that there is something to
 forget and a yardstick for having forgotten it: questions of the same topics that were never taught
 (D_rt, D_ft). Accuracy is of whole answers, perplexity of the answers' tokens. The pretrained weights are
-de-quantised from four bits once and kept in the cache. The unlearning settings are
-the second of two tried, by the figures on the questions that were taught (D_r, D_f) alone: two epochs
-with full weight on the forget terms forgot the topic and a third of the others with it.
+de-quantised from four bits once and kept in the cache. The unlearning settings were chosen on held-out questions
+and another topic (docs/results.md): a higher rate forgets the topic as well, but makes its answers far less likely
+than they are for a model that was never taught them.
 
 To forget 128 questions takes more than the 144 that a topic's run teaches: with `--scenario sample:128` all 727
 questions of the three topics are in, a quarter of them held out, and four times as long is taught. Its unlearning
@@ -42,7 +42,7 @@ WRITTEN = 12  # tokens, more than any answer that is taught needs
 RECIPE = {"epochs": 6, "batch_size": 16, "lr": 2e-4, "weight_decay": 0.01, "warmup_steps": 5, "schedule": "cosine"}
 
 UNLEARNING: dict[str, Any] = {"epochs": 6, "batch_size": 16}
-_RFA = {**UNLEARNING, "lr": 1e-3, "weights": [1.0, 0.1, 1.0, 0.1]}
+_RFA = {**UNLEARNING, "lr": 5e-4, "weights": [1.0, 0.1, 1.0, 0.1]}
 SETTINGS: Settings = {"class": _RFA, "sample": _RFA}
 
 
