@@ -18,8 +18,9 @@ from torch import nn
 from rfa_fast import patch
 from rfa_fast.methods import checks, hash_model, method_settings
 from rfa_fast.methods.batches import BatchSource, open_source, order_digest
-from rfa_fast.methods.checkpoint import STATE_FILE, RunFolder, differences
+from rfa_fast.methods.checkpoint import STATE_FILE, RunFolder
 from rfa_fast.methods.placement import parameters_of
+from rfa_fast.methods.run import same_settings
 
 _PLAIN = ("method", "epochs", "max_steps", "lr", "weight_decay", "schedule", "seed", "max_grad_norm")
 
@@ -95,9 +96,4 @@ def refuse_other_settings(
         "retain_ids": None if source.retain_ids is None else order_digest(source.retain_ids),
     }  # fmt: skip
     here = json.loads(json.dumps(here))
-    if wrong := differences({name: there.get(name) for name in here}, here):
-        lines = "\n  ".join(wrong)
-        raise ValueError(
-            f"--resume: the run in {output} has other settings than this call:\n  {lines}\n"
-            "expected the same ones; name another --output to begin a new run"
-        )
+    same_settings(output, {name: there.get(name) for name in here}, here, resume="--resume", output="--output")

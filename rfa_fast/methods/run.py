@@ -85,16 +85,31 @@ def earlier_run(folder: RunFolder, settings: Mapping[str, Any], *, resume: bool)
             "end differently from an uninterrupted run in the last bits",
             stacklevel=3,
         )
-    _same_settings(folder, {k: v for k, v in state.settings.items() if k not in _LATER}, settings)
+    same_settings(folder.path, {k: v for k, v in state.settings.items() if k not in _LATER}, settings)
     return state
 
 
-def _same_settings(folder: RunFolder, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+def same_settings(
+    path: Path, there: Mapping[str, Any], here: Mapping[str, Any], *, resume: str = "resume", output: str = "output_dir"
+) -> None:
+    """Raise unless a run that is to be resumed has these settings.
+
+    Args:
+        path: of the run.
+        there, here: its settings, and those of this call.
+        resume, output: what the caller's user calls the two options.
+
+    Raises:
+        ValueError: it has others; names each.
+
+    Example:
+        >>> same_settings(Path("run"), {"lr": 0.1}, {"lr": 0.1})
+    """
     if wrong := differences(there, here):
         lines = "\n  ".join(wrong)
         raise ValueError(
-            f"resume: the run in {folder.path} has other settings than this call:\n  {lines}\n"
-            "expected the same ones; name another output_dir to begin a new run"
+            f"{resume}: the run in {path} has other settings than this call:\n  {lines}\n"
+            f"expected the same ones; name another {output} to begin a new run"
         )
 
 
@@ -175,7 +190,7 @@ class Run:
             before = hash_model(self.model)
         settings = {**self.settings, "layers": method.layers(), "model": before}
         if earlier is not None and self.folder is not None:
-            _same_settings(self.folder, earlier.settings, settings)
+            same_settings(self.folder.path, earlier.settings, settings)
         parameters = list(method.named_parameters().values())
         optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=self.weight_decay)
         state = earlier or RunState(settings=settings, versions=versions())

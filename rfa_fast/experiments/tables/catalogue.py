@@ -104,9 +104,7 @@ class TableSpec:
             >>> TABLES["fig6"].takes(ROWS["rfa-teacher"]), TABLES["fig6"].takes(ROWS["finetune"])
             (True, False)
         """
-        if self.sweep is None:
-            return True
-        if self.sweep.option == "lr":
+        if self.sweep is None or self.sweep.option == "lr":
             return True
         if self.sweep.option == "targets":
             return not row.head_only and "targets" in method_settings({"method": row.method})
