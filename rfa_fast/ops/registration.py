@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import inspect
 import typing
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -56,19 +56,16 @@ def register(
     if hasattr(getattr(torch.ops, NAMESPACE), name):
         raise ValueError(f"name: got {name!r}, expected one that is not registered under {NAMESPACE!r} yet")
 
-    def launched(*args: Any) -> Any:
-        with _as_given(args):
-            return launchers(*args)
+    launchers, host = _as_given(launchers), _as_given(host)
 
     def on_host(*args: Any) -> Any:
-        with _as_given(args):
-            return launchers(*args) if interpreting() else host(*args)
+        return launchers(*args) if interpreting() else host(*args)
 
     operator: Any
     if opaque:
 
         def anywhere(*args: Any) -> Any:
-            return on_host(*args) if _on_cpu(args) else launched(*args)
+            return on_host(*args) if _on_cpu(args) else launchers(*args)
 
         operator = torch.library.custom_op(f"{NAMESPACE}::{name}", anywhere, mutates_args=(), schema=schema)
     else:
@@ -76,7 +73,7 @@ def register(
         inner.register_fake(fake)
 
         def traced(*args: Any) -> Any:
-            return inner(*args) if _on_cpu(args) else launched(*args)
+            return inner(*args) if _on_cpu(args) else launchers(*args)
 
         # Some versions of torch go by the function's signature, whatever schema they are given.
         traced.__signature__ = signature_of(schema)  # type: ignore[attr-defined]
@@ -122,17 +119,20 @@ def _device(args: tuple[Any, ...]) -> torch.device:
     return next(a for a in args if isinstance(a, torch.Tensor)).device
 
 
-@contextmanager
-def _as_given(args: tuple[Any, ...]) -> Iterator[None]:
-    """Products stay in the dtype that they are written in, and of several GPUs the tensors' own is launched on.
+def _as_given(run: Implementation) -> Implementation:
+    """`run` with products in the dtype that they are written in and, of several GPUs, on that of its tensors.
 
     What autocast narrows is narrow already; fp32 sums are so for a reason. Triton launches on the current device.
     """
-    device = _device(args)
-    with ExitStack() as stack:
-        stack.enter_context(without_autocast(device.type))
-        if device.type == "cuda" and torch.cuda.device_count() > 1:
-            stack.enter_context(torch.cuda.device(device))
-        elif device.type == "xpu" and torch.xpu.device_count() > 1:
-            stack.enter_context(torch.xpu.device(device))
-        yield
+
+    def given(*args: Any) -> Any:
+        device = _device(args)
+        with ExitStack() as stack:
+            stack.enter_context(without_autocast(device.type))
+            if device.type == "cuda" and torch.cuda.device_count() > 1:
+                stack.enter_context(torch.cuda.device(device))
+            elif device.type == "xpu" and torch.xpu.device_count() > 1:
+                stack.enter_context(torch.xpu.device(device))
+            return run(*args)
+
+    return given
