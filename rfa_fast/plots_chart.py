@@ -8,6 +8,7 @@ as everywhere in a report; other series take the colours that are left.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rfa_fast.plots_style import HEIGHT, HEX, WIDTH, Key, Plot, layer_legend, short, svg
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _WIDE_LABEL = 24  # characters of a bar's name before it is cut
+_LINE_OF_TEXT = 0.06  # of a chart's height
 
 
 def chart_plot(chart: Chart, salt: str = "") -> Plot:
@@ -79,15 +81,34 @@ def _lines(axes: Axes, chart: Chart, legend: list[Key], factor: float) -> None:
         spread = [factor * value if math.isfinite(value) else 0.0 for value in chart.spread.get(name, [])]
         if any(spread):
             axes.errorbar(places, y, spread, fmt="none", ecolor=HEX[key.colour], elinewidth=0.9, capsize=2.5)
-    for name, value in chart.levels.items():
-        if math.isfinite(value):
-            axes.axhline(factor * value, color=HEX["muted"], lw=0.9, ls=(0, (4, 2)))
-            axes.text(0, factor * value, f" {name}", size=7.5, va="bottom", color=HEX["muted"])
+    levels = sorted((factor * value, name) for name, value in chart.levels.items() if math.isfinite(value))
+    for value, _ in levels:
+        axes.axhline(value, color=HEX["muted"], lw=0.9, ls=(0, (4, 2)))
     axes.set_xticks(list(places), [short(label, 12) for label in chart.x])
     unit = " (%)" if chart.unit else ""
     axes.set(xlabel=chart.x_label, ylabel=chart.y_label + unit)
     axes.grid(axis="y")
     axes.margins(x=0.06)
+    low, high = axes.get_ylim()
+    for value, names in _told_apart(levels, _LINE_OF_TEXT * (high - low)):
+        axes.annotate(
+            names, (1, value), (3, 0), ("axes fraction", "data"), "offset points",
+            va="center", size=7.5, color=HEX["muted"],
+        )  # fmt: skip
+
+
+def _told_apart(levels: Sequence[tuple[float, str]], apart: float) -> list[tuple[float, str]]:
+    """Levels, lowest first, as one label per line of text: those nearer to each other than `apart` share one."""
+    groups: list[list[tuple[float, str]]] = []
+    for level in levels:
+        if groups and level[0] - groups[-1][0][0] < apart:
+            groups[-1].append(level)
+        else:
+            groups.append([level])
+    return [
+        (sum(value for value, _ in group) / len(group), "\n".join(name for _, name in reversed(group)))
+        for group in groups
+    ]
 
 
 def _bars(axes: Axes, chart: Chart, legend: list[Key], factor: float) -> None:

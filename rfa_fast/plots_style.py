@@ -103,7 +103,8 @@ def svg(draw: Callable[[Axes], None], height: float, salt: str) -> str:
 def _dress(text: str, salt: str) -> str:
     """The `<svg>` element alone: no prolog, no links, ids unique on the page, CSS variables for colours.
 
-    Only tags are rewritten: what stands between them is the user's (matplotlib has escaped it).
+    What stands between tags is the user's (matplotlib has escaped it): there the subset of `D_rt` is set as a
+    subscript, as everywhere on the page, and nothing else is touched.
     """
     text = text[text.index("<svg") :]
     text = re.sub(r"<!--.*?-->\s*|<defs>\s*<style.*?</style>\s*</defs>\s*", "", text, flags=re.DOTALL)
@@ -118,7 +119,8 @@ def _dress(text: str, salt: str) -> str:
         tag = re.sub(r'(url\(#|href="#)', rf"\g<1>{salt}-", tag)
         return re.sub(r"#[0-9a-f]{6}\b", lambda m: f"var({COLOURS[m[0]]})" if m[0] in COLOURS else m[0], tag)
 
-    return re.sub(r"<[^>]+>", rewrite, text).strip()
+    text = re.sub(r"<[^>]+>", rewrite, text).strip()
+    return re.sub(r"\bD_(\w+)(?=[^<>]*</text>)", r'D<tspan dy=".25em" font-size="72%">\1</tspan>', text)
 
 
 def layer_legend(names: Sequence[str], reference: str) -> list[Key]:

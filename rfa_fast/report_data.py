@@ -38,7 +38,7 @@ class Metric:
         unit: `"%"` shows a fraction as a percentage, `""` shows it as it is.
         better: what counts as falling short of Retrain. `"higher"` forgives a figure above it,
             `"lower"` one below it, `"closer to Retrain"` neither.
-        digits: decimals on the screen; the page shows one more.
+        digits: decimals on the screen; the page shows one more, of whole numbers none.
         tolerance: the shortfall, in the figure's own unit, that still counts as close. `None`:
             one point for `"%"`, else 5 % of Retrain's figure.
         group: a heading shared with the neighbouring columns of the same group.
@@ -78,7 +78,7 @@ class Metric:
             raise ValueError(f"tolerance of {self.key}: got {self.tolerance!r}, expected a number > 0")
 
     def format(self, value: float, extra: int = 0, *, signed: bool = False) -> str:
-        """The figure as it is printed, without its unit, with `digits + extra` decimals.
+        """The figure as it is printed, without its unit, with `digits + extra` decimals; a whole number has none.
 
         Example:
             >>> Metric("D_f", unit="%").format(-0.0312, signed=True)
@@ -88,7 +88,8 @@ class Metric:
             return "n/a"
         if math.isinf(value):
             return "inf" if value > 0 else "-inf"
-        text = f"{value * (100 if self.unit == '%' else 1):+.{self.digits + extra}f}"
+        decimals = self.digits and self.digits + extra
+        text = f"{value * (100 if self.unit == '%' else 1):+.{decimals}f}"
         return text[1:] if text.strip("+-0.") == "" or (text[0] == "+" and not signed) else text
 
     def shortfall(self, value: float, reference: float) -> float:
@@ -157,7 +158,7 @@ class Scenario:
         rows: one per method, in the order shown.
         metrics: the columns; empty: one per key of the rows, with the field's usual meaning.
         original, reference: the `method` of the rows that are no unlearning methods. Gaps are to
-            `reference`; with no such row, none are shown.
+            `reference`; with no such row, none are shown. Empty: a table that compares with nothing.
         forgotten: the class names (keys of `per_class_before`) that were forgotten.
         per_class_before, per_class_after: class name -> accuracy in [0, 1]; the same classes.
         feature_distance: method or subset (`"D_r"`, `"D_f"`) -> layer name -> distance; layers in depth order.

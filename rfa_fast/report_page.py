@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -44,7 +44,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Section:
-    """One scenario, ready to be set."""
+    """One scenario, ready to be set; `published` has the width of each column's published figures, in characters."""
 
     anchor: str
     scenario: Scenario
@@ -56,8 +56,9 @@ class Section:
     settings: list[tuple[str, str]]
     compared: bool
     marked: bool
-    published: set[str]
+    published: dict[str, int]
     spread: bool
+    timed: bool
 
 
 def render(report: RunReport) -> str:
@@ -134,9 +135,20 @@ def _section(scenario: Scenario, anchor: str) -> Section:
         _flat(scenario.settings),
         reference is not None and bool(compared),
         any(cell.best for line in lines for cell in line.cells),
-        {key for row in scenario.rows for key in row.published},
+        _published(scenario, lines),
         any(row.spread for row in scenario.rows),
+        any(line.time for line in lines),
     )
+
+
+def _published(scenario: Scenario, lines: Sequence[Line]) -> dict[str, int]:
+    """Column with published figures -> the characters that its longest needs, at least those of its heading."""
+    shown = {key for row in scenario.rows for key in row.published}
+    return {
+        metric.key: max(len("paper"), *(len(line.cells[i].published) for line in lines))
+        for i, metric in enumerate(scenario.metrics)
+        if metric.key in shown
+    }
 
 
 def _tolerance(metric: Metric) -> str:

@@ -248,9 +248,12 @@ def _table(scenario: Scenario, columns: list[int], beside: bool) -> Table:
             line.append(text)
         for line, whole in zip(papers, published, strict=True):
             line.append(Text(whole.rjust(figure) if gap else whole, style="dim"))
-    table.add_column("Time", justify="right", no_wrap=True)
+    timed = any(row.seconds is not None for row in scenario.rows)
+    if timed:
+        table.add_column("Time", justify="right", no_wrap=True)
     for row, line, paper in zip(scenario.rows, texts, papers, strict=True):
-        table.add_row(Text(row.method, style=_row_style(scenario, row)), *line, Text(duration(row.seconds)))
+        time = [Text(duration(row.seconds))] if timed else []
+        table.add_row(Text(row.method, style=_row_style(scenario, row)), *line, *time)
         if any(text.plain.strip() for text in paper):
             table.add_row(Text("  paper", style="dim"), *paper)
     reference = reference_row(scenario)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
@@ -12,9 +13,11 @@ from html.parser import HTMLParser
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from rfa_fast.plots import Plot, confidence_plot, draw_plots, feature_distance_plot, loss_plot, per_class_plot
-from rfa_fast.report import Example, MethodRow, Metric, RunReport, Scenario
+from rfa_fast.plots_chart import chart_plot
+from rfa_fast.report import Chart, Example, MethodRow, Metric, RunReport, Scenario
 from rfa_fast.report_page import render
 
 EVIL = """<script>alert("1")</script> & </text> 'q' {{ 7*7 }} $x^$ id="a" #010203"""
@@ -136,6 +139,60 @@ def test_the_table_of_the_page_has_the_figures_with_two_decimals() -> None:
     assert "D</i><sub>rt</sub>" in text
 
 
+def test_published_figures_have_a_column_of_their_own_width_and_gaps_stay_below_ours() -> None:
+    rows = [
+        MethodRow("Retrain", {"D_rt": 0.9, "D_f": 0.0}, published={"D_rt": 1.0}),
+        MethodRow("RFA", {"D_rt": 0.9, "D_f": 0.0}, published={"D_rt": 0.9712}),
+    ]
+    page = Page(render(report(Scenario("forget 3", rows, source="Table I"))))
+    widths = [a.get("style") for tag, a in page.tags if tag in ("th", "td") and a.get("role") != "rowheader"]
+    # "100.00" has six characters; heading, two rows. D_f has no published figures.
+    assert [width for width in widths if width] == ["--paper: 6ch"] * 3
+    css = re.sub(r"\s+", " ", render(report()))
+    assert "[style] > .gap { margin-right: calc(var(--paper) + 1em)" in css
+    narrow = [MethodRow("RFA", {"D_f": 0.0}, published={"D_f": 0.0})]
+    assert 'style="--paper: 5ch"' in render(report(Scenario("forget 3", narrow)))  # "paper" itself
+
+
+def test_notes_and_names_set_the_subsets_as_the_headings_do() -> None:
+    text = render(report(scenario(notes=["Samples: D_rt 12 & D_f 3."])))
+    assert ">BadT, <i>D</i><sub>f</sub> × 5</th>" in render(report(Scenario("t", [MethodRow("BadT, D_f × 5")])))
+    assert '<p class="note">Samples: <i>D</i><sub>rt</sub> 12 &amp; <i>D</i><sub>f</sub> 3.</p>' in text
+
+
+def test_a_table_that_compares_with_nothing_has_neither_times_nor_an_excuse() -> None:
+    columns = [Metric("gap", unit="%", digits=2), Metric("rank", digits=0)]
+    rows = [MethodRow("NegGrad", {"gap": 0.25, "rank": 7.0}), MethodRow("RFA", {"gap": 0.01, "rank": 1.0})]
+    ranks = report(Scenario("Gaps", rows, columns, original="", reference=""))
+    text = render(ranks)
+    assert re.findall(r'class="figure">([^<]*)<', text) == ["25.000", "7", "1.000", "1"]
+    heads = [text for tag, text in Page(text).texts if tag == "th"]
+    assert "Time" not in heads
+    assert "No row to compare" not in text
+    assert "No row to compare" in render(report(Scenario("Gaps", rows, columns)))
+    console = Console(width=80, record=True, file=io.StringIO())
+    ranks.print(console)
+    assert "Time" not in console.export_text()
+
+
+def test_levels_of_a_chart_are_named_beside_it_and_close_ones_share_a_label() -> None:
+    levels = {"Retrain D_f": 0.1, "Retrain D_rt": 0.98, "Retrain D_t": 0.97, "$5$": 0.5}
+    plot = chart_plot(Chart("Accuracy", ["deep", "all"], {"D_f": [0.0, 1.0]}, levels=levels, unit="%"))
+    texts = re.findall(r"<text[^>]*>(.*?)</text>", plot.svg, flags=re.DOTALL)
+    words = [re.sub(r"<[^>]+>|\s+", "", text) for text in texts]
+    assert [word for word in words if "Retrain" in word or "$" in word] == [
+        "RetrainDf",
+        "$5$",
+        "RetrainDrt",
+        "RetrainDt",
+    ]
+    # On axes from 0 to 100 % the two high levels are a point apart, less than a line of text.
+    near = [float(y) for y in re.findall(r"translate\([\d.]+ ([\d.]+)\)\">Retrain", plot.svg)]
+    assert len(near) == 2
+    assert near[1] - near[0] > 7
+    assert "D_f" in plot.caption  # which the page sets
+
+
 @pytest.mark.parametrize("place", ["report", "scenario", "names", "series"])
 def test_what_a_user_wrote_is_never_markup(place: str) -> None:
     plain = render(report(scenario(examples=[Example("p", "b", "a")], notes=["n"], settings={"k": "v"}), notes=["n"]))
@@ -176,7 +233,7 @@ def test_raw_numbers_are_embedded_and_not_finite_ones_are_null() -> None:
     text = render(shown)
     raw = json.loads(re.search(r'id="raw">(.*?)</script>', text, flags=re.DOTALL)[1])  # type: ignore[index]
     assert raw == shown.to_dict()
-    assert re.findall(r'class="figure">([^<]*)<', text) == ["n/a", "inf", "–"]
+    assert re.findall(r'class="figure">([^<]*)<', text) == ["n/a", "inf"]
     assert "No row to compare with" in text
 
 
@@ -255,6 +312,13 @@ def test_histograms_are_shares_of_their_samples() -> None:
     assert (low - middle) / (low - high) == pytest.approx(1 / 3, abs=1e-3)  # one sample of four, three of four
     assert [key.label for key in plot.legend] == ["forget before (4)", "forget after (1)", "test (2)"]
     assert "forget before 0.97, forget after 0.50, test 0.50" in plot.caption
+
+
+def test_steps_are_whole_numbers_where_there_is_only_one() -> None:
+    plot = loss_plot(scenario(losses=[{"step": 1, "total": 42.0}]))
+    ticks = re.findall(r"text-anchor: middle[^>]*>([^<]*)<", plot.svg)
+    assert "1" in ticks
+    assert not [tick for tick in ticks if "." in tick]
 
 
 def test_losses_get_a_logarithmic_scale_beyond_two_decades() -> None:

@@ -82,7 +82,7 @@ def summary_scenario(summaries: Sequence[GapSummary]) -> Scenario | None:
             )  # fmt: skip
     rows = [MethodRow(label, values) for label, values in figures.items()]
     notes = ["Over all columns of a metric on a pair, every scenario counted; infinite where a perplexity is."]
-    return Scenario(SUMMARY, rows, metrics, notes=notes, charts=charts)
+    return Scenario(SUMMARY, rows, metrics, original="", reference="", notes=notes, charts=charts)
 
 
 def _row(row: RowResult, columns: Sequence[Metric]) -> MethodRow:
