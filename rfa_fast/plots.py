@@ -162,6 +162,7 @@ def feature_distance_plot(scenario: Scenario, salt: str = "") -> Plot:
 def loss_plot(scenario: Scenario, salt: str = "", height: float = HEIGHT) -> Plot:
     """Loss terms over the steps; the scale is logarithmic where they span more than two decades."""
     import numpy as np
+    from matplotlib.ticker import MaxNLocator
 
     title = "Loss"
     styles = {
@@ -189,7 +190,7 @@ def loss_plot(scenario: Scenario, salt: str = "", height: float = HEIGHT) -> Plo
             width = 2.0 if key == "total" else 1.5
             axes.plot(x, y, color=HEX[colour], ls=line, lw=width, zorder=3 + order, marker="o" if len(x) == 1 else "")
         axes.set(xlabel="step", yscale="log" if log else "linear")
-        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
         if log:
             axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_formatter("")
