@@ -366,7 +366,10 @@ class RFAConv1D(RFALayer):
 
 
 class RFAConv2d(RFALayer, nn.Conv2d):
-    """An adapted :class:`torch.nn.Conv2d`, ungrouped or adapted group by group."""
+    """An adapted :class:`torch.nn.Conv2d`, ungrouped or adapted group by group; an image alone is a batch of one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.ndim != 3 else super().forward(x[None])[0]
 
     def _is_convolution(self) -> bool:
         return True
