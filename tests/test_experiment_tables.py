@@ -14,7 +14,9 @@ import pytest
 from torch.utils.data import Subset
 
 from rfa_fast.data import split_by_class, split_by_sample
+from rfa_fast.experiments import smollm2
 from rfa_fast.experiments.common import Row
+from rfa_fast.experiments.comparison import settings_of
 from rfa_fast.experiments.measuring import FEATURE_ITEMS, Measures
 from rfa_fast.experiments.tables import runner
 from rfa_fast.experiments.tables.aggregate import gaps, mean_absolute_gap, ranks, summarise
@@ -106,7 +108,13 @@ def test_rows_carry_the_pairs_settings_and_their_own() -> None:
         assert (once["forget_per_batch"], once["max_steps"]) == (each, steps), forgotten
     few = ROWS["neggrad"].keywords(pair, "sample", 100, seed=0, epochs=2)
     assert (few["forget_per_batch"], few["max_steps"]) == (100, 2)
-    trivia = PAIRS["trivia/smollm2"]  # six epochs
+    trivia = PAIRS["trivia/smollm2"]  # six epochs; each mode has a rate of its own
+    names = ("rfa-residual", "rfa-dora", "rfa-teacher")
+    rates = {name: ROWS[name].keywords(trivia, "class", 9, 0)["lr"] for name in names}
+    assert rates == {"rfa-residual": 1e-3, "rfa-dora": 1e-3, "rfa-teacher": 5e-4}
+    assert settings_of(smollm2.SETTINGS, "keyword", "residual") == {
+        "epochs": 6, "batch_size": 16, "lr": 1e-3, "weights": [1.0, 0.03, 1.0, 0.03],
+    }  # fmt: skip
     for most, passes in ((None, 6), (2, 2), (1, 1)):
         capped = PlannedRow(ROWS["neggrad"]).options(trivia, "sample", 128, 0, most_epochs=most)
         assert capped["max_steps"] * capped["forget_per_batch"] == pytest.approx(128 * passes, abs=9 * passes), most

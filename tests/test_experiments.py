@@ -336,13 +336,13 @@ def test_scenarios_are_read_from_their_words() -> None:
 
 
 def test_settings_to_try_are_multiplied_out() -> None:
-    found = methods({"lr": 1.0, "rank": 4}, ["residual"], 7, ["lr=1e-4,1e-3", "norm=l2"])
+    found = methods({"residual": {"lr": 1.0, "rank": 4}}, 7, ["lr=1e-4,1e-3", "norm=l2"])
     assert [dict(method.options) for method in found] == [
         {"mode": "residual", "seed": 7, "lr": lr, "rank": 4, "norm": "l2"} for lr in (1e-4, 1e-3)
     ]
     for wrong in ("lr", "lr=", "=1", "a b=1"):
         with pytest.raises(ValueError, match="NAME=VALUE"):
-            methods({}, ["residual"], 0, [wrong])
+            methods({"residual": {}}, 0, [wrong])
 
 
 def test_validation_never_touches_the_test_set() -> None:

@@ -28,7 +28,7 @@ from rfa_fast.report import RunReport, write_atomically
 Settings = Mapping[str, Mapping[str, Any]]
 """Kind of scenario (`"class"`, `"sample"`, `"keyword"`) -> keyword arguments of :func:`rfa_fast.unlearn` for RFA.
 
-The settings of a class serve for a keyword where it has none.
+The settings of a class serve for a keyword where it has none; `"class residual"` has what one mode has to itself.
 """
 
 
@@ -76,7 +76,7 @@ def compare(
 
     Args:
         base: data, model and recipe.
-        settings: of RFA, in every mode.
+        settings: of RFA.
         request: what to run.
         title: of the report.
         scenarios: those of the experiment, run when the request names none.
@@ -90,7 +90,7 @@ def compare(
     splits = [scenario_split(base, text, request.seed) for text in request.scenarios or scenarios]
     _check_modes(request.modes)
     rows = [
-        methods(settings.get(split.scenario, settings["class"]), request.modes, request.seed, request.tried)
+        methods({m: settings_of(settings, split.scenario, m) for m in request.modes}, request.seed, request.tried)
         for split in splits
     ]
     models = ModelCache(cache_folder(request.cache), request.say)
@@ -138,12 +138,23 @@ def title_of(split: Split) -> str:
     return f"{split.scenario.capitalize()} unlearning: forget {split.target}"
 
 
-def methods(settings: Mapping[str, Any], modes: Sequence[str], seed: int, tried: Sequence[str] = ()) -> list[Method]:
+def settings_of(settings: Settings, kind: str, mode: str) -> dict[str, Any]:
+    """RFA's settings in a kind of scenario and a mode.
+
+    Example:
+        >>> chosen = {"class": {"lr": 5e-4, "rank": 4}, "class residual": {"lr": 1e-3}}
+        >>> settings_of(chosen, "keyword", "residual"), settings_of(chosen, "class", "teacher")
+        ({'lr': 0.001, 'rank': 4}, {'lr': 0.0005, 'rank': 4})
+    """
+    kind = kind if kind in settings else "class"
+    return {**settings[kind], **settings.get(f"{kind} {mode}", {})}
+
+
+def methods(settings: Mapping[str, Mapping[str, Any]], seed: int, tried: Sequence[str] = ()) -> list[Method]:
     """RFA in each mode, once for every combination of the values to be tried.
 
     Args:
-        settings: keyword arguments of :func:`rfa_fast.unlearn`.
-        modes: of RFA.
+        settings: mode -> keyword arguments of :func:`rfa_fast.unlearn`.
         seed: of every run.
         tried: `"lr=5e-5,5e-4"`: a keyword and its values, as JSON; a value that is not JSON is a text.
 
@@ -151,7 +162,7 @@ def methods(settings: Mapping[str, Any], modes: Sequence[str], seed: int, tried:
         ValueError: not of that form.
 
     Example:
-        >>> [m.label for m in methods({"rank": 4}, ["residual"], 0, ["lr=1e-4,1e-3"])]
+        >>> [m.label for m in methods({"residual": {"rank": 4}}, 0, ["lr=1e-4,1e-3"])]
         ['RFA residual lr=0.0001', 'RFA residual lr=0.001']
     """
     axes: dict[str, list[Any]] = {}
@@ -161,11 +172,11 @@ def methods(settings: Mapping[str, Any], modes: Sequence[str], seed: int, tried:
             raise ValueError(f"try: got {text!r}, expected NAME=VALUE,VALUE,… such as lr=5e-5,5e-4")
         axes[key] = [json_or_text(value) for value in values.split(",")]
     found: list[Method] = []
-    for mode in modes:
+    for mode, own in settings.items():
         for combination in itertools.product(*axes.values()):
             chosen = dict(zip(axes, combination, strict=True))
             label = " ".join([f"RFA {mode}", *(f"{key}={value}" for key, value in chosen.items())])
-            found.append(Method(label, {"mode": mode, "seed": seed, **settings, **chosen}))
+            found.append(Method(label, {"mode": mode, "seed": seed, **own, **chosen}))
     return found
 
 

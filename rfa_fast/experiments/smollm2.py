@@ -43,7 +43,9 @@ RECIPE = {"epochs": 6, "batch_size": 16, "lr": 2e-4, "weight_decay": 0.01, "warm
 
 UNLEARNING: dict[str, Any] = {"epochs": 6, "batch_size": 16}
 _RFA = {**UNLEARNING, "lr": 5e-4, "weights": [1.0, 0.1, 1.0, 0.1]}
-SETTINGS: Settings = {"class": _RFA, "sample": _RFA}
+# Residual mode of three over three seeds, teacher mode of three over one.
+_RESIDUAL = {"lr": 1e-3, "weights": [1.0, 0.03, 1.0, 0.03]}
+SETTINGS: Settings = {"class": _RFA, "class residual": _RESIDUAL, "sample": _RFA, "sample residual": _RESIDUAL}
 
 
 def experiment(request: Request) -> Experiment:

@@ -42,7 +42,8 @@ class Pair:
         stands_for: the paper's pairs whose figures stand beside ours, the first that a table has; (data, model).
         needs: names of the sources, see :func:`rfa_fast.experiments.tables.presence.missing`.
         common: options of :func:`rfa_fast.unlearn` that all methods share.
-        methods: method -> kind of scenario -> options that it has to itself; `""` for any kind.
+        methods: method -> kind of scenario -> options that it has to itself; `""` for any kind, `"class residual"` for
+            a kind in a mode.
         head: name of the layer that gives the logits, for Table V's first placement.
         recipe_of: which of the paper's recipes ours is compared with in the table's header.
         quick: of `--quick`: training samples, epochs of Original and Retrain, samples measured per subset, epochs of
@@ -73,15 +74,15 @@ class Pair:
         """`"fashion-mnist/resnet18"`, as the pair is called everywhere."""
         return f"{self.data}/{self.model}"
 
-    def options(self, method: str, kind: str) -> dict[str, Any]:
-        """The options of a method in a kind of scenario, the general ones first.
+    def options(self, method: str, kind: str, mode: str = "") -> dict[str, Any]:
+        """The options of a method in a kind of scenario and a mode, the general ones first.
 
         Example:
             >>> PAIRS["fashion-mnist/resnet18"].options("finetune", "class")
             {'lr': 0.0002}
         """
         own = self.methods.get(method, {})
-        return {**self.common, **own.get("", {}), **own.get(kind, {})}
+        return {**self.common, **own.get("", {}), **own.get(kind, {}), **own.get(f"{kind} {mode}", {})}
 
 
 def _digits(request: Request) -> Experiment:
@@ -119,6 +120,7 @@ _TRIVIA: Mapping[str, Mapping[str, Options]] = {
     "finetune": {"": {"lr": 2e-4}},
     "scrub": {"": {"lr": 2e-4}},
     "npo": {"": {"lr": 2e-5}},
+    "simnpo": {"": {"lr": 2e-4}},
     "rfa": smollm2.SETTINGS,
 }
 # Of the class only: its target is what the paper forgets, "Earth Science" (V-B2), 'Chemistry' (V-B3), "comedy" (V-B1).

@@ -129,7 +129,8 @@ class RowSpec:
             >>> ROWS["neggrad"].keywords(PAIRS["digits/digits-net"], "class", forgotten=100, seed=0)["max_steps"]
             4
         """
-        settings = {**pair.options(self.method, "class" if kind == "keyword" else kind), **(chosen or {})}
+        mode = self.options.get("mode", "")
+        settings = {**pair.options(self.method, "class" if kind == "keyword" else kind, mode), **(chosen or {})}
         found = {**settings, **self.options, "seed": seed}
         if (once := found.get("epochs", 1) * epochs) != 1:
             found["epochs"] = once
