@@ -60,13 +60,15 @@ def main(
     )  # fmt: skip
     try:
         for name in chosen:
-            known(name, options.contenders)
+            known(name, options.contenders, options.models, tiny=tiny)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     if dtype not in ("auto", "bf16", "fp32"):
         raise typer.BadParameter(f"dtype: got {dtype!r}, expected auto, bf16 or fp32")
-    if tiny and results == RESULTS:
+    if tiny and results.resolve() == RESULTS.resolve():
         raise typer.BadParameter("tiny: got the folder of the real results, expected --results and --page elsewhere")
+    if page.resolve() == step_page.PAGE.resolve() and results.resolve() != RESULTS.resolve():
+        raise typer.BadParameter("page: got the page of the real results, expected --page elsewhere beside --results")
     failures = [] if only_page else _measure(console, chosen, options, results)
     found = load(results)
     for part in found.values():

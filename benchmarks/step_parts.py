@@ -123,21 +123,35 @@ def measure_slice(options: Options, folder: Path, say: Say, child: Child = in_ch
     return part
 
 
+def table12_workloads(dtype: str, *, tiny: bool) -> dict[str, Workload]:
+    """The models of table12 by their names."""
+    return {"tiny": step_slice.tiny(dtype)} if tiny else table_twelve(dtype)
+
+
+def _joined(found: Mapping[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    return [each for rows in found.values() for each in rows]
+
+
 def measure_table12(options: Options, folder: Path, say: Say, child: Child = in_child) -> dict[str, Any]:
     """Ours / Finetune of the paper's four models, `"all"` and `"deep"`, and the retain term alone."""
     dtype = chosen_dtype(options.dtype)
-    workloads = {"tiny": step_slice.tiny(dtype)} if options.tiny else table_twelve(dtype)
-    part: dict[str, Any] = {"part": "table12", "settings": {"rounds": options.rounds}, "checks": [], "rows": []}
+    workloads = table12_workloads(dtype, tiny=options.tiny)
     kept = load(folder).get("table12", {"rows": [], "checks": []})
+    # What is there stays until its own model has been measured again.
+    by_model = {
+        key: {name: [each for each in kept[key] if each["model"] == name] for name in workloads}
+        for key in ("checks", "rows")
+    }
+    part: dict[str, Any] = {"part": "table12", "settings": {"rounds": options.rounds}}
+    part |= {key: _joined(found) for key, found in by_model.items()}
     for name, deep in workloads.items():
         if options.models and name not in options.models:
-            part["rows"] += [row for row in kept["rows"] if row["model"] == name]
-            part["checks"] += [check for check in kept["checks"] if check["model"] == name]
             continue
+        checks = []
         whole = replace(deep, targets="all")
         for workload in (whole, deep):
             say(f"table12: checking {name}, {workload.targets}")
-            part["checks"].append({"model": name, **child("check", workload=workload.to_dict(), contender="ours")})
+            checks.append({"model": name, **child("check", workload=workload.to_dict(), contender="ours")})
         contenders = make(whole, ("floor", "finetune", "finetune-compiled", "ours"))
         contenders["ours-deep"] = contender("ours", deep.build(), deep.batch(0), deep.setting)
         floor = contenders["floor"]
@@ -150,7 +164,9 @@ def measure_table12(options: Options, folder: Path, say: Say, child: Child = in_
             contenders, whole.batch, warmup=options.warmup, rounds=options.rounds,
             advance=lambda each, name=name: say(f"table12: {name}, timing {each}"),
         )  # fmt: skip
-        part["rows"] += rows_of(contenders, times, whole, model=name)
+        by_model["checks"][name] = checks
+        by_model["rows"][name] = rows_of(contenders, times, whole, model=name)
+        part |= {key: _joined(found) for key, found in by_model.items()}
         save(folder, part)
         contenders.clear()
         gc.collect()
@@ -255,8 +271,8 @@ def steps_of(part: str, options: Options) -> int:
     return 2 if options.tiny else len(TOKENS) + len(RANKS) + len(LAYERS)
 
 
-def known(part: str, names: Sequence[str]) -> None:
-    """Refuse a part or contender that is not there.
+def known(part: str, names: Sequence[str], models: Sequence[str] = (), *, tiny: bool = False) -> None:
+    """Refuse a part, contender or model of table12 that is not there.
 
     Raises:
         ValueError: with the names that are.
@@ -266,3 +282,7 @@ def known(part: str, names: Sequence[str]) -> None:
     for name in names:
         if name not in step_slice.CONTENDERS:
             raise ValueError(f"contenders: got {name!r}, expected some of {', '.join(step_slice.CONTENDERS)}")
+    there = table12_workloads("fp32", tiny=tiny)
+    for name in models:
+        if name not in there:
+            raise ValueError(f"models: got {name!r}, expected some of {', '.join(there)}")

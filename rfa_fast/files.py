@@ -80,11 +80,14 @@ def save_tensors(
     path, given = Path(path), None if metadata is None else dict(metadata)
     partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
     try:
+        partial.touch()
+        mode = partial.stat().st_mode & 0o777  # what anybody's file has here; safetensors may take 0600
         with full_disk_as_os_error(path):
             if isinstance(tensors, Mapping):
                 save_file(dict(tensors), partial, metadata=given)
             else:
                 save_model(tensors, str(partial), metadata=given)
+        partial.chmod(mode)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -15,6 +15,7 @@ from rfa_fast.config import Backend, Norm, check_choice
 from rfa_fast.kernels.conv2d_geometry import geometry, pair, resolve_padding
 from rfa_fast.objective import accumulation_dtype, check_range
 from rfa_fast.ops import backends
+from rfa_fast.ops.rows import autocasts
 
 Unit = Literal["row", "sample"]
 
@@ -205,7 +206,8 @@ def rfa_conv2d(
         >>> out.output.shape
         torch.Size([2, 4, 3, 3])
     """
-    _check_operands(x, weight, lora_a, lora_b, bias, 4)
+    _check_operands(x, weight, bias, 4)
+    _check_adapters(x, lora_a, lora_b, 4)
     check_choice("norm", norm, ("mse", "l2"))
     outputs, per_group = weight.shape[0], weight.shape[1]
     if x.ndim != 4 or x.shape[1] != per_group * groups:
@@ -284,7 +286,7 @@ def rfa_head_loss(
         >>> round(out.retain.item(), 4)  # log 4
         1.3863
     """
-    _check_float(hidden=hidden, weight=weight)
+    _check_float(hidden=hidden, weight=weight, bias=bias)
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             f"hidden, weight: got {tuple(hidden.shape)} and {tuple(weight.shape)}, expected (rows, K), (V, K)"
@@ -292,11 +294,17 @@ def rfa_head_loss(
     if (lora_a is None) != (lora_b is None):
         raise ValueError("lora_a, lora_b: got one of them, expected both or neither")
     if lora_a is not None and lora_b is not None:
-        _check_operands(hidden, weight, lora_a, lora_b, bias, 2)
+        _check_adapters(hidden, lora_a, lora_b, 2)
+        _check_low_rank(weight, lora_a, lora_b)
+    _check_operands(hidden, weight, bias, 2)
+    check_choice("norm", norm, ("mse", "l2"))
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap: got {softcap}, expected a number above 0, or None for logits as they are")
     if labels.dtype != torch.int64:
         raise TypeError(f"labels: got {labels.dtype}, expected torch.int64")
     if tuple(labels.shape) != (hidden.shape[0],):
         raise ValueError(f"labels: got shape {tuple(labels.shape)}, expected ({hidden.shape[0]},)")
+    _check_device("labels", labels, hidden.device)
     if tuple(group.shape) != (hidden.shape[0],):
         raise ValueError(f"group: got shape {tuple(group.shape)}, expected ({hidden.shape[0]},)")
     _check_group(group, (hidden.shape[0],), hidden.device)
@@ -329,16 +337,13 @@ def _check_linear(
     x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None, group: Tensor | None,
     target: Tensor | None, retain_target: Tensor | None, norm: str, unit: str,
 ) -> None:  # fmt: skip
-    _check_operands(x, weight, lora_a, lora_b, bias, 2)
+    _check_operands(x, weight, bias, 2)
+    _check_adapters(x, lora_a, lora_b, 2)
     check_choice("norm", norm, ("mse", "l2"))
     check_choice("unit", unit, ("row", "sample"))
     if x.ndim < 1 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected (..., {weight.shape[1]}) to fit weight (N, K)")
-    if tuple(lora_a.shape[1:]) != (weight.shape[1],) or tuple(lora_b.shape) != (weight.shape[0], lora_a.shape[0]):
-        raise ValueError(
-            f"lora_a, lora_b: got {tuple(lora_a.shape)} and {tuple(lora_b.shape)}, expected (R, {weight.shape[1]}) "
-            f"and ({weight.shape[0]}, R)"
-        )
+    _check_low_rank(weight, lora_a, lora_b)
     leading = tuple(x.shape[:-1])
     _check_group(group, leading, x.device)
     _check_target("target", target, (*leading, weight.shape[0]), x)
@@ -353,14 +358,36 @@ def _check_float(**tensors: Tensor | None) -> None:
             raise TypeError(f"{name}: got {tensor.dtype}, expected a floating-point tensor")
 
 
-def _check_operands(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, ndim: int) -> None:
-    _check_float(x=x, weight=weight, lora_a=a, lora_b=b, bias=bias)
-    for name, tensor in (("weight", weight), ("lora_a", a), ("lora_b", b)):
+def _check_operands(x: Tensor, weight: Tensor, bias: Tensor | None, ndim: int) -> None:
+    _check_float(x=x, weight=weight, bias=bias)
+    if weight.ndim != ndim:
+        raise ValueError(f"weight: got {weight.ndim} axes, expected {ndim}")
+    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
+        raise ValueError(f"bias: got shape {tuple(bias.shape)}, expected ({weight.shape[0]},)")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        _check_device(name, tensor, x.device)
+        if tensor.dtype != x.dtype and not autocasts(x.device.type):
+            raise TypeError(
+                f"{name}: got {tensor.dtype} beside an input in {x.dtype}, expected the same outside autocast"
+            )
+
+
+def _check_adapters(x: Tensor, a: Tensor, b: Tensor, ndim: int) -> None:
+    _check_float(lora_a=a, lora_b=b)
+    for name, tensor in (("lora_a", a), ("lora_b", b)):
         if tensor.ndim != ndim:
             raise ValueError(f"{name}: got {tensor.ndim} axes, expected {ndim}")
         _check_device(name, tensor, x.device)
-    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
-        raise ValueError(f"bias: got shape {tuple(bias.shape)}, expected ({weight.shape[0]},)")
+
+
+def _check_low_rank(weight: Tensor, a: Tensor, b: Tensor) -> None:
+    if tuple(a.shape[1:]) != (weight.shape[1],) or tuple(b.shape) != (weight.shape[0], a.shape[0]):
+        raise ValueError(
+            f"lora_a, lora_b: got {tuple(a.shape)} and {tuple(b.shape)}, expected (R, {weight.shape[1]}) "
+            f"and ({weight.shape[0]}, R)"
+        )
 
 
 def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
@@ -374,10 +401,10 @@ def _check_group(group: Tensor | None, leading: tuple[int, ...], device: torch.d
     if group.dtype != torch.int8:
         raise TypeError(f"group: got {group.dtype}, expected torch.int8 (0 retain, 1 forget, -1 ignore)")
     _check_device("group", group, device)
+    if not leading:
+        raise ValueError("group: got one for a single row, which has no axis for it; expected x with a batch axis")
     if group.ndim < 1 or tuple(group.shape) != leading[: group.ndim]:
-        raise ValueError(
-            f"group: got shape {tuple(group.shape)}, expected {leading} or ({leading[0] if leading else 1},)"
-        )
+        raise ValueError(f"group: got shape {tuple(group.shape)}, expected {leading} or ({leading[0]},)")
 
 
 def _check_target(name: str, target: Tensor | None, shape: tuple[int, ...], x: Tensor) -> None:

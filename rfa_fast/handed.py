@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map_only
 
@@ -69,8 +70,8 @@ def send(output: Any, read: Callable[[], object], *, blank: bool = False) -> tup
         blank: put an empty tensor in its place.
 
     Returns:
-        The output, and the handed tensor; of another kind of output (nested, sparse, quantised, distributed) itself,
-        and `None`.
+        The output, and the handed tensor; of another kind of output (nested, sparse, quantised, distributed, fake)
+        itself, and `None`.
 
     Example:
         >>> sent, first = send((torch.ones(2), "rest"), print)
@@ -87,7 +88,8 @@ def send(output: Any, read: Callable[[], object], *, blank: bool = False) -> tup
 
 def _dense(tensor: Tensor) -> bool:
     plain = tensor.layout is torch.strided and not tensor.is_nested and not tensor.is_quantized
-    return plain and not is_traceable_wrapper_subclass(tensor)
+    # A fake tensor is an object of its own kind already: it takes no second class.
+    return plain and not is_traceable_wrapper_subclass(tensor) and not is_fake(tensor)
 
 
 def given(arguments: Any) -> Any:

@@ -33,6 +33,7 @@ COLOURS = {
 HEX = {name.removeprefix("--"): value for value, name in COLOURS.items()}
 WIDTH = 4.9  # inches; at 72 points each, near the width of a phone, where the text keeps its size
 HEIGHT = 2.7
+SUBSETS = "D_(rt|ft|r|f|t|v)"  # the subsets of a split, as the field writes them
 _STYLE = {
     "svg.fonttype": "none",
     "text.usetex": False,
@@ -120,7 +121,14 @@ def _dress(text: str, salt: str) -> str:
         return re.sub(r"#[0-9a-f]{6}\b", lambda m: f"var({COLOURS[m[0]]})" if m[0] in COLOURS else m[0], tag)
 
     text = re.sub(r"<[^>]+>", rewrite, text).strip()
-    return re.sub(r"\bD_(\w+)(?=[^<>]*</text>)", r'D<tspan dy=".25em" font-size="72%">\1</tspan>', text)
+    return re.sub(r"[^<>]*\bD_[^<>]*(?=</text>)", lambda match: _subscripts(match[0]), text)
+
+
+def _subscripts(text: str) -> str:
+    """The text of a label, whose line goes on at its height behind a subscript."""
+    first, *rest = re.split(rf"\b{SUBSETS}\b", text)
+    low = '<tspan dy=".25em" font-size="72%">{}</tspan><tspan dy="-.18em">{}</tspan>'
+    return first + "".join("D" + low.format(name, after) for name, after in zip(rest[::2], rest[1::2], strict=True))
 
 
 def layer_legend(names: Sequence[str], reference: str) -> list[Key]:

@@ -18,6 +18,7 @@ Better = Literal["closer to Retrain", "higher", "lower"]
 _BETTER = ("closer to Retrain", "higher", "lower")
 _CONFIDENCE_DIGITS = 5
 _LOSS_DIGITS = 7
+_TOO_LONG = 1e7  # a figure from here on is written with an exponent
 _SUBSETS = {
     "D_r": "training samples that are kept",
     "D_f": "training samples to forget",
@@ -81,15 +82,15 @@ class Metric:
         """The figure as it is printed, without its unit, with `digits + extra` decimals; a whole number has none.
 
         Example:
-            >>> Metric("D_f", unit="%").format(-0.0312, signed=True)
-            '-3.1'
+            >>> Metric("D_f", unit="%").format(-0.0312, signed=True), Metric("D_f/perplexity").format(7.5e25)
+            ('-3.1', '7.50e25')
         """
         if math.isnan(value):
             return "n/a"
         if math.isinf(value):
             return "inf" if value > 0 else "-inf"
-        decimals = self.digits and self.digits + extra
-        text = f"{value * (100 if self.unit == '%' else 1):+.{decimals}f}"
+        decimals, shown = self.digits and self.digits + extra, value * (100 if self.unit == "%" else 1)
+        text = f"{shown:+.2e}".replace("e+", "e") if abs(shown) >= _TOO_LONG else f"{shown:+.{decimals}f}"
         return text[1:] if text.strip("+-0.") == "" or (text[0] == "+" and not signed) else text
 
     def shortfall(self, value: float, reference: float) -> float:
@@ -119,6 +120,8 @@ class MethodRow:
         seconds: wall-clock time, or `None`.
         spread: by the same keys, what stands behind ±: half the width of an interval around the mean.
         published: by the same keys, what somebody else printed for this row, in the same units.
+        gaps: by the same keys, the difference from the reference, where that is not the one of the two rows' figures:
+            of means over runs that the two do not share all, say. NaN: this figure is compared with nothing.
     """
 
     method: str
@@ -126,12 +129,14 @@ class MethodRow:
     seconds: float | None = None
     spread: dict[str, float] = field(default_factory=dict)
     published: dict[str, float] = field(default_factory=dict)
+    gaps: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         as_text("method", self.method)
         self.metrics = as_numbers(f"metrics of {self.method}", self.metrics)
         self.spread = as_numbers(f"spread of {self.method}", self.spread)
         self.published = as_numbers(f"published of {self.method}", self.published)
+        self.gaps = as_numbers(f"gaps of {self.method}", self.gaps)
         if self.seconds is not None:
             self.seconds = as_number(f"seconds of {self.method}", self.seconds)
 
@@ -212,7 +217,9 @@ class Scenario:
         self.forgotten = as_list("forgotten", self.forgotten, str)
         self.charts = as_list("charts", self.charts, Chart)
         _check_unique("method", [row.method for row in self.rows])
-        keys = list(dict.fromkeys(key for row in self.rows for key in (*row.metrics, *row.spread, *row.published)))
+        keys = list(
+            dict.fromkeys(key for row in self.rows for key in (*row.metrics, *row.spread, *row.published, *row.gaps))
+        )
         if not self.metrics:
             self.metrics = [standard_metric(key) for key in keys]
         self.metrics = as_list("metrics", self.metrics, Metric)

@@ -94,7 +94,7 @@ def table_cells(scenario: Scenario, extra: int = 0) -> list[list[Cell]]:
                 column.append(Cell("", **beside))  # type: ignore[arg-type]  # both are texts
                 continue
             gap = _shortfall(metric, row, target) if row in compared else None
-            signed = "" if gap is None else metric.format(value - target, extra, signed=True)
+            signed = "" if gap is None else metric.format(_gap(metric, row, target), extra, signed=True)
             level: Level = "" if gap is None else _level(gap)
             best_here = gap is not None and gap == best
             column.append(Cell(metric.format(value, extra), signed, level, best_here, **beside))
@@ -181,9 +181,13 @@ def print_report(report: RunReport, console: Console | None = None) -> None:
         console.print(Text(note, style="dim"))
 
 
+def _gap(metric: Metric, row: MethodRow, target: float) -> float:
+    return row.gaps.get(metric.key, row.metrics.get(metric.key, math.nan) - target)
+
+
 def _shortfall(metric: Metric, row: MethodRow, target: float) -> float | None:
-    value = row.metrics.get(metric.key, math.nan)
-    return metric.shortfall(value, target) if math.isfinite(value) and math.isfinite(target) else None
+    gap = _gap(metric, row, target)
+    return metric.shortfall(target + gap, target) if math.isfinite(gap) and math.isfinite(target) else None
 
 
 def _level(gap: float) -> Level:

@@ -345,3 +345,45 @@ def test_a_wrong_part_or_contender_is_named(step):
         step.parts.known("slices", ())
     with pytest.raises(ValueError, match="contenders: got 'theirs', expected some of floor"):
         step.parts.known("slice", ("theirs",))
+    with pytest.raises(ValueError, match="models: got 'resnet18', expected some of ResNet18, ViT-B/16"):
+        step.parts.known("table12", (), ("resnet18",))
+    step.parts.known("table12", (), ("ResNet18",))
+    step.parts.known("table12", (), ("tiny",), tiny=True)
+
+
+def test_table_twelve_keeps_the_rows_of_models_not_measured_again(step, tmp_path, monkeypatch):
+    names = ("A", "B", "C")
+    workloads = dict.fromkeys(names, step.slice.tiny())
+    monkeypatch.setattr(step.parts, "table_twelve", lambda dtype: workloads)
+    monkeypatch.setattr(step.parts, "make", lambda workload, names: {"floor": None})
+    monkeypatch.setattr(step.parts, "contender", lambda *args: None)
+    monkeypatch.setattr(step.parts, "interleaved", lambda *args, **options: {})
+    monkeypatch.setattr(step.parts, "rows_of", lambda *args, model: [{"model": model, "run": "second"}])
+    first = [{"model": name, "run": "first"} for name in names]
+    step.parts.save(tmp_path, {"part": "table12", "settings": {}, "rows": first, "checks": first})
+    checked = []
+
+    def child(task, **spec):
+        checked.append(task)
+        if len(checked) == 3:
+            raise RuntimeError("out of luck")
+        return {"run": "second"}
+
+    with pytest.raises(RuntimeError, match="out of luck"):
+        step.parts.measure_table12(step.parts.Options(models=("A", "B")), tmp_path, lambda text: None, child)
+    part = step.parts.load(tmp_path)["table12"]
+    assert [(each["model"], each["run"]) for each in part["rows"]] == [("A", "second"), ("B", "first"), ("C", "first")]
+    assert [each["run"] for each in part["checks"]] == ["second", "second", "first", "first"]
+
+
+def test_other_results_do_not_go_onto_the_real_page(step, tmp_path, monkeypatch):
+    import typer
+
+    monkeypatch.setattr(step.page, "write", lambda *args: pytest.fail("nothing is to be written"))
+    monkeypatch.setattr(step.bench, "_measure", lambda *args: pytest.fail("nothing is to be measured"))
+    app = typer.Typer()
+    app.command()(step.bench.main)
+    for more in (("--tiny",), ("--only-page",), ()):
+        done = CliRunner(env={"COLUMNS": "200"}).invoke(app, [*more, "--parts", "slice", "--results", str(tmp_path)])
+        assert done.exit_code == 2, done.output
+        assert "got the page of the real results" in done.output

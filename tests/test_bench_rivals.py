@@ -13,7 +13,7 @@ from transformers import BertConfig, BertForSequenceClassification, Qwen2Config,
 
 from rfa_fast.experiments.floor import Floor, floor_of
 from rfa_fast.experiments.models import seeded
-from rfa_fast.experiments.rivals import NAMES, Setting, StepBatch, contender, ours
+from rfa_fast.experiments.rivals import NAMES, Setting, StepBatch, contender, ours, task_loss
 from rfa_fast.experiments.rivals_peft import PaperArrangement, adapters_of, rows_of, student_of
 from rfa_fast.experiments.sharing import quiet, sharing_copy, weight_bytes
 from rfa_fast.targets import select
@@ -106,6 +106,13 @@ def test_plain_peft_minimises_the_models_own_loss(case):
         else:
             expected = F.cross_entropy(case.model(case.batch.inputs), case.batch.labels)
     torch.testing.assert_close(rival.step(case.batch), expected)
+
+
+def test_plain_loss_counts_every_token():
+    net = seeded(0, lambda: nn.Sequential(nn.Embedding(97, 8), nn.Linear(8, 5)))
+    labels = IDS % 5
+    got = task_loss(net, StepBatch(IDS, labels, FORGET))
+    torch.testing.assert_close(got, F.cross_entropy(net(IDS).transpose(1, 2), labels))
 
 
 UNCOMPILED = [n for n in NAMES if n.endswith("-eager") or n in ("paper", "peft", "finetune")]

@@ -48,6 +48,22 @@ def choosing():
 
 def silent():
     return nn.ReLU()
+
+def transposed():
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(8, 9),
+    )
+
+def square():
+    class Square(Net):
+        def forward(self, x):
+            torch._assert(x.shape[2] == 8, "Wrong image height!")
+            return super().forward(x)
+    return Square()
+
+def tagging():
+    return nn.Sequential(nn.Embedding(50, 8), nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 9))
 """
 LLAMA = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 16, "intermediate_size": 24,
@@ -141,6 +157,102 @@ def test_room_is_shared_by_those_that_run_together() -> None:
     assert not any(row.problem for row in bench.fitting(found, None))
 
 
+def test_fine_tuning_beside_others_keeps_a_copy() -> None:
+    bench = Bench(Batches(2, (1,), None, None, torch.float32), Setting(), ("ours", "finetune"))
+    found = {"ours": Forecast(100, 130, 10), "finetune": Forecast(100, 420, 200)}  # as it is alone
+    # Between steps 10, the copy's 100 and 200; during one at most 120 more.
+    assert not any(row.problem for row in bench.fitting(found, 430))
+    problems = {row.name: row.problem for row in bench.fitting(found, 429)}
+    assert problems["finetune"].startswith("left out: it needs 0.5 KiB")
+    assert not problems["ours"]
+
+
+def test_a_configuration_is_timed_on_the_cpu(nets: str) -> None:
+    words = ("--config", "config.json", "--eager", "--length", "8", "--rival", "floor", "--rounds", "1")
+    run(*words, "--no-progress", "--output", "out")
+    found = json.loads(Path("out/bench.json").read_text())
+    assert found["device"] == "cpu"
+    assert [len(row["seconds"]) for row in found["rows"]] == [1, 1]
+
+
+def test_a_file_in_place_of_the_folder_is_refused_before_anything_runs(
+    nets: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(Contender, "step", lambda *_: pytest.fail("nothing is to be run"))
+        for name in ("config.json", "config.json/below"):
+            said = run(f"{nets}:build", *SMALL, "--output", name, code=2).stderr
+            assert "--output: config.json: got a file, expected a folder" in said
+    # What goes wrong in writing takes no figures away.
+    Path("out/bench.json").mkdir(parents=True)
+    result = CliRunner(env={"COLUMNS": "200"}).invoke(
+        app, ["bench", f"{nets}:build", *SMALL, "--rival", "floor", "--rounds", "1", "--output", "out"]
+    )
+    assert result.exit_code != 0
+    assert "Time of a step, in turns" in result.stdout
+
+
+def test_a_rival_that_cannot_run_leaves_the_others_their_rows(nets: str) -> None:
+    layers = ["--targets", "0", "--targets", "6"]
+    small = [*SMALL[: SMALL.index("--targets")], *layers]
+    result = run(f"{nets}:transposed", *small, "--rival", "floor", "--rival", "finetune", "--rounds", "1",
+                 "--output", "out")  # fmt: skip
+    rows = {row["name"]: row for row in json.loads(Path("out/bench.json").read_text())["rows"]}
+    assert rows["floor"]["problem"].startswith("cannot run: model: got a step that dispatches aten.convolution")
+    assert "floor cannot run: model: got a step" in result.stdout
+    assert [len(rows[name]["seconds"]) for name in ("ours-eager", "floor", "finetune")] == [1, 0, 1]
+
+
+FULL = "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to"
+
+
+@pytest.mark.parametrize(
+    ("message", "problem"), [(FULL, "out of memory ([enforce fail"), ("no\nsuch step", "cannot run: no")]
+)
+@pytest.mark.parametrize("at", [0, 2])
+def test_a_step_that_fails_is_the_problem_of_its_row(
+    nets: str, monkeypatch: pytest.MonkeyPatch, message: str, problem: str, at: int
+) -> None:
+    step, calls = Contender.step, []
+
+    def failing(self: Contender, batch: Any) -> Any:
+        calls.append(self.name)
+        if self.name == "finetune" and calls.count("finetune") > at:
+            raise RuntimeError(message)
+        return step(self, batch)
+
+    monkeypatch.setattr(Contender, "step", failing)
+    words = (f"{nets}:build", *SMALL, "--rival", "finetune", "--rival", "floor", "--rounds", "2", "--output", "out")
+    run(*words)
+    rows = {row["name"]: row for row in json.loads(Path("out/bench.json").read_text())["rows"]}
+    assert rows["finetune"]["problem"].startswith(problem)
+    assert rows["finetune"]["seconds"] == []
+    assert len(rows["ours-eager"]["seconds"]) == len(rows["floor"]["seconds"]) == 2
+    assert calls.count("finetune") == at + 1
+
+
+def test_our_own_failure_is_an_error(nets: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(self: Contender, batch: Any) -> Any:
+        raise ValueError("batch: got none of it")
+
+    monkeypatch.setattr(Contender, "step", failing)
+    assert "batch: got none of it" in run(f"{nets}:build", *SMALL, "--rival", "floor", code=2).stderr
+
+
+def test_a_rival_without_a_forecast_says_why(nets: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = bench_module.forecast
+
+    def failing(*args: Any, arrangement: str, **options: Any) -> Forecast:
+        if arrangement == "paper":
+            raise TypeError("model: got one that cannot be copied")
+        return real(*args, arrangement=arrangement, **options)
+
+    monkeypatch.setattr(bench_module, "forecast", failing)
+    result = run(f"{nets}:build", *SMALL, "--rival", "floor", "--forecast-only")
+    assert "paper has no forecast: cannot run: model: got one that cannot be copied" in result.stderr
+    assert "weights); the paper's arrangement is not known." in result.stdout
+
+
 def test_ctrl_c_keeps_the_rounds_so_far(nets: str, monkeypatch: pytest.MonkeyPatch) -> None:
     step, calls = Contender.step, []
 
@@ -176,6 +288,15 @@ def test_a_model_that_decides_by_its_activations_is_timed_without_a_forecast(net
     assert "Memory of a step" not in result.stdout
 
 
+def test_a_classifier_of_tokens_that_is_not_of_transformers(nets: str) -> None:
+    layers = ["--targets", "1", "--targets", "3"]
+    names = ("finetune", "peft", "paper")
+    run(f"{nets}:tagging", "--length", "6", "--eager", "--no-progress", *layers, "--rounds", "1", "--output", "out",
+        *(word for name in names for word in ("--rival", name)))  # fmt: skip
+    found = json.loads(Path("out/bench.json").read_text())
+    assert [(row["problem"], len(row["seconds"])) for row in found["rows"]] == [("", 1)] * 4
+
+
 def test_batches_of_every_kind() -> None:
     from transformers import BertConfig, BertForTokenClassification, ViTConfig, ViTForImageClassification
 
@@ -198,6 +319,21 @@ def test_batches_of_every_kind() -> None:
     assert math.isnan(Row("x").quartiles[0])
     assert Row("x", seconds=[2.0]).quartiles == (2.0, 2.0, 2.0)
     assert Row("x").to_dict()["quartiles"]["median"] is None
+
+
+def test_what_a_configuration_says_of_sizes() -> None:
+    from transformers import RobertaConfig, RobertaForSequenceClassification, ViTConfig, ViTForImageClassification
+
+    small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vit = ViTForImageClassification(ViTConfig(**small, image_size=[32, 32], patch_size=8))
+    assert batches_for(vit, size=2).shape == (3, 32, 32)
+    vit.config.image_size = [32, 64]
+    with pytest.raises(ValueError, match=r"image_size: got \[32, 64\] in the configuration, expected a square"):
+        batches_for(vit, size=2)
+    roberta = RobertaForSequenceClassification(RobertaConfig(**small, vocab_size=30, max_position_embeddings=50))
+    assert batches_for(roberta).shape == (48,)  # the padding index is 1
+    with pytest.raises(ValueError, match="length: got 50, expected at most 48"):
+        batches_for(roberta, length=50)
 
 
 def test_a_geometry_is_that_of_its_configuration(nets: str) -> None:
@@ -237,5 +373,7 @@ def test_bad_input(nets: str) -> None:
     assert "length: got 5 for Net, which does not take token ids" in refused(f"{nets}:build", "--length", "5")
     assert "image_size: got 5 for Sequential, which takes token ids" in refused(f"{nets}:words", "--image-size", "5")
     assert "does not take a batch of 4 × 256 tokens" in refused(f"{nets}:words")
+    said = refused(f"{nets}:square", "--image-size", "9")
+    assert "does not take a batch of 32 × 3×9×9 pixels (Wrong image height!)" in said
     assert "expected one that takes token ids, images or vectors" in refused(f"{nets}:silent")
     assert "length: got 100, expected at most 64" in refused("--config", "config.json", "--length", "100")

@@ -18,6 +18,9 @@ from rfa_fast.commands.experiment import read_settings
 from rfa_fast.data import Split
 from rfa_fast.experiments import cache as cache_module
 from rfa_fast.experiments import common
+from rfa_fast.experiments.tables import presence
+from rfa_fast.experiments.tables.catalogue import TABLES
+from rfa_fast.experiments.tables.experiment import choose_pairs
 from rfa_fast.methods import NonFiniteError, unlearn
 from rfa_fast.plots import Plot
 from rfa_fast.report import RunReport
@@ -228,6 +231,33 @@ def test_in_another_precision_nothing_is_shared(finished: tuple[Path, Result], t
     found = [row["options"].get("autocast") for row in rows]
     assert found.count("bfloat16") == 1
     assert found.count(None) >= 4
+
+
+def test_data_that_lie_in_a_folder_of_the_users_are_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(presence, "_missing_data", lambda name: f"get {name}")
+    tables = [TABLES["table1"]]
+    with pytest.raises(FileNotFoundError, match="needs data:fashion-mnist: get fashion-mnist"):
+        choose_pairs(tables, "fashion-mnist", "resnet18", quick=False)
+    found = choose_pairs(tables, "fashion-mnist", "resnet18", quick=False, folder=tmp_path)
+    assert [pair.name for pair in found] == ["fashion-mnist/resnet18"]
+
+
+@pytest.mark.parametrize(
+    ("words", "folder", "message"),
+    [
+        (["--data", "digits"], "", "for digits, expected none"),
+        (["--data", "digits"], "none", "for digits, expected none"),
+        ([], "", "expected one data set: choose it with --data, one of fashion-mnist, cifar-10"),
+        (["--data", "fashion-mnist", "--model", "resnet18"], "none", "does not exist, expected the folder of"),
+    ],
+    ids=["digits", "digits, no such folder", "several", "no such folder"],
+)  # fmt: skip
+def test_a_folder_that_no_data_would_be_read_from_is_refused(
+    words: list[str], folder: str, message: str, tmp_path: Path
+) -> None:
+    keep = ["--cache", str(tmp_path / "cache"), "--output", str(tmp_path / "out"), "--no-progress", "--forecast-only"]
+    result = run("table1", *words, "--data-folder", str(tmp_path / folder), *keep, code=2)
+    assert message in plain(result.stderr)
 
 
 def test_a_full_disk_is_said_and_leaves_nothing_half_written(

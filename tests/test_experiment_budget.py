@@ -1,4 +1,4 @@
-"""What a plan is expected to take, and what fits into a given time, against sums by hand."""
+"""What a plan holds, what it is expected to take, and what fits into a given time, against sums by hand."""
 
 from __future__ import annotations
 
@@ -151,3 +151,31 @@ def test_rates_of_two_processes_are_both_kept(tmp_path: Path) -> None:
     other.save()
     found = Rates(tmp_path, DIGITS, threads=1)
     assert (found.get("train"), found.get("rfa"), found.get("forward")) == (0.02, 0.04, None)
+
+
+def test_a_row_that_repeating_makes_the_papers_own_is_there_once() -> None:
+    choice = Choice(("table1",), (DIGITS,), methods=("badt", "scrub", "badt-5x"), repeat=5)
+    labels = [row.spec.label for row in blocks_of(choice)[0].rows]
+    assert labels == ["SCRUB, D_f × 5", "BadT, D_f × 5"]
+    assert [row.spec.name for row in blocks_of(choice)[0].rows] == ["scrub", "badt-5x"]
+    thrice = [row.spec.label for row in blocks_of(replace(choice, repeat=3))[0].rows]
+    assert thrice == ["BadT, D_f × 3", "SCRUB, D_f × 3", "BadT, D_f × 5"]
+    rates = blocks_of(replace(choice, tables=("table14",), methods=("badt", "badt-5x")))[0].rows
+    assert len({row.key for row in rates}) == len(rates) == 5
+
+
+def test_rows_of_one_label_are_refused_before_anything_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(vars(ROWS["scrub"]), "label", "BadT")
+    with pytest.raises(ValueError, match="methods: got 'BadT' more than once for table1"):
+        blocks_of(Choice(("table1",), (DIGITS,)))
+
+
+def test_a_scenario_that_is_asked_for_twice_is_there_once() -> None:
+    choice = Choice(("table1",), (DIGITS,), ("class:3", "sample:9", "class:3"))
+    assert [block.scenario for block in blocks_of(choice)] == ["class:3", "sample:9"]
+
+
+def test_epochs_that_the_user_set_are_not_cut_short() -> None:
+    cut, typed = PlannedRow(ROWS["scrub"]), PlannedRow(ROWS["scrub"], of_method={"epochs": 5})
+    found = [row.options(PAIRS[DIGITS], "class", 100, 0, most_epochs=1)["epochs"] for row in (cut, typed)]
+    assert found == [1, 5]

@@ -1,21 +1,29 @@
-"""The tables of texts and language models on models of two layers: every method, both placements, every metric."""
+"""The tables of texts and language models on models of two layers: every method, both placements, every metric.
+
+And what is said of a table of another kind: a sweep, a run whose epochs are cut short, names that are markup.
+"""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from text_cases import four_token_texts
 
-from rfa_fast.data import TokenDataset
-from rfa_fast.experiments.common import Experiment
+from rfa_fast.data import TokenDataset, split_by_sample
+from rfa_fast.experiments.common import Experiment, Row
 from rfa_fast.experiments.comparison import Request
 from rfa_fast.experiments.models import seeded
 from rfa_fast.experiments.tables.experiment import run
+from rfa_fast.experiments.tables.outputs import _md
 from rfa_fast.experiments.tables.pairs import PAIRS
-from rfa_fast.experiments.tables.plan import Choice
+from rfa_fast.experiments.tables.plan import Choice, blocks_of
+from rfa_fast.experiments.tables.results import BlockResult, block_result
+from rfa_fast.experiments.tables.runner import Found, Place
+from rfa_fast.experiments.tables.scenarios import block_scenario
 from rfa_fast.report import RunReport
 
 SMALL: dict[str, Any] = {
@@ -142,3 +150,50 @@ def test_whether_it_stays_forgotten_is_a_table_with_states_for_columns(tmp_path:
     assert rows["RFA residual"]["live/forget_accuracy"] == rows["RFA residual"]["merged/forget_accuracy"]
     assert 0 <= rows["Retrain"]["relearnt/forget_unseen_accuracy"] <= 1
     assert report.scenarios[1].title == "Mean absolute gap to Retrain"
+
+
+def figures_of(choice: Choice, most_epochs: int | None = None) -> BlockResult:
+    """The first block of a plan for the digits with figures of two seeds, invented."""
+    block = blocks_of(choice)[0]
+    founds = {}
+    for seed in range(2):
+        rows = {}
+        for at, name in enumerate(["Original", "Retrain", *(row.key for row in block.rows)]):
+            figures = {f"{subset}/accuracy": 0.9 - at / 50 + seed / 50 for subset in ("D_r", "D_f", "D_t")}
+            rows[name] = Row(1.0, figures, {}, {"forget": [0.5], "test": [0.5]})
+        options = {
+            row.key: row.options(block.pair, block.kind, 64, seed, most_epochs=most_epochs) for row in block.rows
+        }
+        sizes, recipe = {"D_r": 936, "D_f": 64, "D_t": 20}, {"epochs": 6, "lr": 1.0, "batch_size": 1}
+        found = Found(rows, {}, split_by_sample(1000, 20, 64), sizes, sizes, recipe, options)
+        founds[Place(block.pair.name, seed, block.scenario)] = found
+    return block_result(block, founds)
+
+
+def test_a_sweep_shows_its_last_row_and_says_what_is_within_retrains_range() -> None:
+    choice = Choice(("fig6",), ("digits/digits-net",), ("sample:64",), metrics=("accuracy",))
+    scenario = block_scenario(figures_of(choice))
+    assert any(note.startswith("The plots show γ = 0.9, seed 0") for note in scenario.notes)
+    told = next(note for note in scenario.notes if note.startswith("Retrain over 2 seeds, D_f: 88.00 to 90.00 %"))
+    assert "γ = 0.1 87.00 is not within" in told
+
+
+def test_a_sweep_with_repeated_samples_is_not_called_after_its_first_value() -> None:
+    choice = Choice(("fig6",), ("digits/digits-net",), ("sample:64",), metrics=("accuracy",), repeat=2)
+    assert [chart.title for chart in block_scenario(figures_of(choice)).charts] == ["Accuracy, D_f × 2"]
+    several = replace(choice, methods=("rfa-residual", "rfa-deep"), repeat=1)
+    titles = [chart.title for chart in block_scenario(figures_of(several)).charts]
+    assert titles == ["Accuracy, RFA residual", "Accuracy, RFA residual, latter half"]
+
+
+def test_twice_the_epochs_are_only_claimed_where_there_are_so_many() -> None:
+    choice = Choice(("table2",), ("digits/digits-net",), ("sample:64",))
+    note = "Twice as many epochs of unlearning as in Table I."
+    assert note in figures_of(choice).notes()
+    assert note not in figures_of(choice, most_epochs=1).notes()
+
+
+def test_a_name_that_markdown_would_read_as_markup_is_escaped() -> None:
+    assert _md("keyword:__init__ on D_f") == r"keyword:\_\_init\_\_ on D_f"
+    assert _md("[a](http://evil) ~~b~~") == r"\[a\](http://evil) \~\~b\~\~"
+    assert _md("a\\|b <i> `c` *d*") == r"a\\\|b &lt;i&gt; \`c\` \*d\*"

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,13 @@ def test_processes_end_with_the_one_that_started_them_when_it_is_killed(tmp_path
     for child in left:
         os.kill(child, signal.SIGKILL)
     assert left == []
+
+
+def test_a_process_that_is_killed_is_said_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "_end_with_parent", partial(os._exit, 9))
+    units = [Unit("digits/digits-net", seed, {}, ()) for seed in range(2)]
+    with pytest.raises(OSError, match=r"one of 2 processes was killed, .* memory; take fewer --jobs.* goes on where"):
+        processes.compute(units, Choice(("table1",), ("digits/digits-net",)), jobs=2, say=lambda text: None)
 
 
 def _runs(process: int) -> bool:

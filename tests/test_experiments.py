@@ -343,6 +343,22 @@ def test_settings_to_try_are_multiplied_out() -> None:
     for wrong in ("lr", "lr=", "=1", "a b=1"):
         with pytest.raises(ValueError, match="NAME=VALUE"):
             methods({"residual": {}}, 0, [wrong])
+    found = methods({"residual": {}}, 0, ["weights=[1,0.1,1,0.1]", 'targets=["fc"],["fc","body"]'])
+    assert [method.options["weights"] for method in found] == [[1, 0.1, 1, 0.1]] * 2
+    assert [method.options["targets"] for method in found] == [["fc"], ["fc", "body"]]
+
+
+@pytest.mark.parametrize(
+    ("tried", "message"),
+    [("lr=1e-4,-1", "lr: got -1"), ("rank=0,8", "rank: got 0"), ("speed=1", "speed"), ("norm=l2,l3", "l3")],
+)
+def test_a_setting_to_try_that_is_wrong_is_refused_before_training(
+    tried: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rfa_fast.experiments.common.train", lambda *a, **k: pytest.fail("trained"))
+    request = Request(tried=(tried,), say=silent, progress=False)
+    with pytest.raises((ValueError, TypeError), match=message):
+        compare(tiny(), {"class": {"targets": ["fc"]}}, request, title="t", scenarios=("class:b",))
 
 
 def test_validation_never_touches_the_test_set() -> None:

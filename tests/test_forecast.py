@@ -62,9 +62,9 @@ def ours(model: nn.Module, **options: Any) -> Any:
 
 
 def rival(name: str, model: nn.Module, batch: Batch, targets: Any) -> Any:
-    made = contender(name, model, StepBatch(*batch), Setting(targets))
+    made = contender(name, model, StepBatch(*batch), Setting(targets), in_place=True)
     loss, optimizer = made.loss, made.optimizer
-    del made
+    del made, model
 
     def step(*batch: Any) -> None:
         loss(StepBatch(*batch)).backward()
@@ -124,7 +124,7 @@ def test_copies_and_states_are_what_they_are_known_to_be() -> None:
     weights = told["ours"].weights
     assert all(one.weights == weights for one in told.values())
     assert weights < told["paper"].state < 1.5 * weights  # the teacher
-    assert 3 * weights * 0.95 < told["finetune"].state < 3 * weights * 1.05  # a copy, two moments
+    assert 2 * weights * 0.95 < told["finetune"].state < 2 * weights * 1.05  # two moments, and no copy
     assert told["ours"].state < 0.5 * weights
     assert told["ours"].peak < told["paper"].peak < told["finetune"].peak
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,7 +20,7 @@ from operator_cases import (
 )
 
 from rfa_fast.functional import rfa_conv2d, rfa_head_loss, rfa_linear
-from rfa_fast.ops import select
+from rfa_fast.ops import backends, select
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -243,3 +245,81 @@ def test_the_head_refuses_what_it_would_read_beyond_its_classes(backend):
     with pytest.raises(ValueError, match=r"labels: got 5, expected values in \[0, 5\)"):
         rfa_head_loss(hidden, weight, labels + 1, group, backend=backend)
     rfa_head_loss(hidden, weight, torch.tensor([4, 9, -100]), group, backend=backend)  # unread where it forgets
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"lora_a": torch.zeros(2, 3), "lora_b": torch.zeros(8, 4)}, ValueError, r"lora_a, lora_b: .*\(R, 3\)"),
+        ({"lora_a": torch.zeros(2, 2), "lora_b": torch.zeros(8, 2)}, ValueError, r"lora_a, lora_b: .*\(R, 3\)"),
+        ({"lora_a": torch.zeros(2, 3), "lora_b": torch.zeros(5, 2)}, ValueError, r"and \(8, R\)"),
+        ({"norm": "L2"}, ValueError, "norm: got 'L2'"),
+        ({"softcap": 0.0}, ValueError, "softcap: got 0.0, expected a number above 0"),
+        ({"bias": torch.zeros(1)}, ValueError, r"bias: got shape \(1,\), expected \(8,\)"),
+        ({"weight": torch.zeros(8, 3).bfloat16()}, TypeError, "weight: got torch.bfloat16 beside an input in torch.f"),
+    ],
+)  # fmt: skip
+def test_the_head_refuses_what_does_not_fit_before_it_computes(changes, error, words):
+    """On Triton these read memory of others, and gave a number."""
+    given = {"hidden": torch.ones(6, 3), "weight": torch.ones(8, 3), "labels": torch.zeros(6, dtype=torch.int64)}
+    given |= {"group": torch.tensor([0, 0, 1, 1, 0, -1], dtype=torch.int8)} | changes
+    for backend in ("reference", "torch"):
+        with pytest.raises(error, match=words):
+            rfa_head_loss(**given, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_an_output_that_nothing_is_compared_with_is_the_callers_own(backend):
+    """Not kept for the backward, so that it may be added to in place, and a plain forward needs no memory for it."""
+    torch.manual_seed(0)
+    x, w = torch.randn(4, 5), torch.randn(6, 5)
+    a, b = torch.randn(2, 5, requires_grad=True), torch.randn(6, 2, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
+        y = rfa_linear(x, w, a, b, scale=0.5, backend=backend).output
+    assert (4, 6) not in kept
+    y += 1
+    y.square().sum().backward()
+    y = torch.nn.functional.linear(x, w + 0.5 * b @ a) + 1
+    expected = torch.autograd.grad(y.square().sum(), (a, b))
+    torch.testing.assert_close((a.grad, b.grad), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_gradient_of_the_head_is_not_taken_for_a_constant():
+    """Its second derivative was wrong without a word; the reference has it."""
+    torch.manual_seed(0)
+    w, labels = torch.randn(5, 3), torch.tensor([1, 2, 4])
+    group = torch.tensor([0, 1, 0], dtype=torch.int8)
+    for power in (1, 2):  # of a loss itself, what comes in requires no gradient
+        hidden = torch.randn(3, 3, requires_grad=True)
+        out = rfa_head_loss(hidden, w, labels, group, backend="torch")
+        (slope,) = torch.autograd.grad((out.retain + out.forget) ** power, hidden, create_graph=True)
+        with pytest.raises(RuntimeError, match="cannot be differentiated again; backend='reference' can"):
+            (slope.square().sum() + hidden.sum()).backward()
+    out = rfa_head_loss(hidden, w, labels, group, backend="reference")
+    (slope,) = torch.autograd.grad(out.retain, hidden, create_graph=True)
+    slope.square().sum().backward()
+
+
+def test_layers_without_outputs_and_tensors_without_storage():
+    group = torch.tensor([0, 1], dtype=torch.int8)
+    empty = rfa_linear(torch.ones(2, 3), torch.ones(0, 3), torch.ones(1, 3), torch.ones(0, 1), scale=1.0, group=group)
+    assert empty.output.shape == (2, 0)
+    assert empty.retain_loss.item() == 0
+    with torch.device("meta"):
+        shapes = rfa_linear(torch.ones(2, 3), torch.ones(4, 3), torch.ones(1, 3), torch.ones(4, 1), scale=1.0)
+    assert shapes.output.shape == (2, 4)
+    with pytest.raises(ValueError, match="group: got one for a single row"):
+        rfa_linear(torch.ones(3), torch.ones(4, 3), torch.ones(1, 3), torch.ones(4, 1), scale=1.0, group=group[:1])
+
+
+def test_a_gpu_without_tensor_cores_in_triton_takes_torch(monkeypatch):
+    monkeypatch.setattr(backends, "_status", lambda kind, interpreted: (True, "usable"))
+    monkeypatch.setattr(torch.version, "hip", None)
+    there = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float16)
+    for capability, expected in (((7, 5), "torch"), ((8, 0), "triton"), ((12, 0), "triton")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None, found=capability: found)
+        assert backends.select("auto", there)[0] == expected
+        assert backends.select("triton", there)[0] == "triton"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    assert "compute capability 8.0" in backends.select("auto", there)[1]

@@ -122,6 +122,23 @@ def test_gaps_and_the_closest_method_are_as_computed_by_hand() -> None:
     assert sentence == "above is close to Retrain in 2 of 3 columns, furthest on D_f: 12.00 % against 10.00 %."
 
 
+def test_a_gap_over_other_runs_than_the_reference_has_is_taken_as_given() -> None:
+    rows = [
+        MethodRow("Retrain", {"MIA": 0.60, "seconds": 9.0}),
+        # Retrain's mean is over three seeds, this row's over one, whose own Retrain has 0.75.
+        MethodRow("RFA", {"MIA": 0.70, "seconds": 3.0}, gaps={"MIA": -0.05, "seconds": math.nan}),
+        MethodRow("SCRUB", {"MIA": 0.66, "seconds": 3.0}),
+    ]
+    compared = Scenario("t", rows, [Metric("MIA", unit="%", tolerance=0.05), Metric("seconds")])
+    mia, seconds = table_cells(compared)[1]
+    assert (mia.gap, mia.level, mia.best) == ("-5.0", "close", True)  # SCRUB's is 6 points
+    assert (seconds.text, seconds.gap, seconds.level) == ("3.0", "", "")
+    assert verdict(compared).startswith("RFA is close to Retrain in every column")
+    again = RunReport.from_dict(json.loads(json.dumps(RunReport("r", [compared]).to_dict())))
+    assert again.scenarios[0].rows[1].gaps["MIA"] == -0.05
+    assert math.isnan(again.scenarios[0].rows[1].gaps["seconds"])
+
+
 def test_a_gap_of_exactly_the_tolerance_is_close() -> None:
     rows = [MethodRow("Retrain", {"D_rt": 0.914}), MethodRow("RFA", {"D_rt": 0.904})]
     assert table_cells(Scenario("s", rows))[1][0].level == "close"
@@ -216,6 +233,7 @@ def test_json_reads_back_equal_and_keeps_its_keys(tmp_path: Path) -> None:
         "seconds": 31.0,
         "spread": {},
         "published": {},
+        "gaps": {},
     }
     assert scenario["settings"] == {
         "lr": 5e-5,

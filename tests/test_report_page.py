@@ -191,6 +191,9 @@ def test_levels_of_a_chart_are_named_beside_it_and_close_ones_share_a_label() ->
     assert len(near) == 2
     assert near[1] - near[0] > 7
     assert "D_f" in plot.caption  # which the page sets
+    longer = chart_plot(Chart("Gap", ["D_f × 5", "D_block1"], {"gap": [1.0, 2.0]}))
+    assert 'D<tspan dy=".25em" font-size="72%">f</tspan><tspan dy="-.18em"> × 5</tspan>' in longer.svg
+    assert "D_block1" in longer.svg  # no subset
 
 
 @pytest.mark.parametrize("place", ["report", "scenario", "names", "series"])

@@ -130,6 +130,8 @@ def bench(
             )
         if model is not None:
             refuse_idle_classes(context, model)
+        if output is not None:
+            _check_output(output)
         from rfa_fast.experiments.bench import Bench, free_bytes, sentence, size_text
         from rfa_fast.experiments.common import bar
         from rfa_fast.experiments.geometry import batches_for
@@ -146,11 +148,16 @@ def bench(
             batches, Setting(chosen, rank), (ours, *(rival if rival is not None else _RIVALS)), checkpointing, seed
         )
         compared.check(opened)
-        forecasts = compared.forecasts(opened, lambda label: bar(label, enabled=progress))
+        unknown: dict[str, str] = {}
+        forecasts = compared.forecasts(opened, lambda label: bar(label, enabled=progress), unknown)
+        for name, reason in unknown.items():
+            say(f"{name} has no forecast: {reason}")
         needs = sentence(forecasts, ours, batches)
         if not forecast_only:
             say(needs)
-        place = torch.device("cpu") if forecast_only else checks.device_of(opened, device)
+        # A configuration is open on "meta", which nothing can run on.
+        wanted = device or ("cpu" if config is not None else None)
+        place = torch.device("cpu") if forecast_only else checks.device_of(opened, wanted)
         rows = compared.fitting(forecasts, None)
         finished = True
         if not forecast_only:
@@ -178,12 +185,18 @@ def bench(
             "forecasts": {name: one.to_dict() for name, one in forecasts.items()},
             "rows": [] if forecast_only else [row.to_dict() for row in rows],
         }  # fmt: skip
-        written = None if output is None else _write(output, found)  # a closed pipe then takes nothing away
+        written, unwritten = None, None
+        try:
+            written = None if output is None else _write(output, found)  # a closed pipe then takes nothing away
+        except OSError as error:
+            unwritten = error  # nor does a full disk take the tables
         if forecasts:
             print_forecasts(forecasts, results())
         if not forecast_only:
             print_rows(found["rows"], results())
         results().print(Text(found["sentence"]))
+        if unwritten is not None:
+            raise unwritten
         if written is not None:
             say(f"Written to {written}")
         if not finished:
@@ -221,6 +234,15 @@ def _filled(config: Path, dtype: str, device: torch.device, free: int | None, ne
             "a smaller batch, --checkpointing, or --forecast-only"
         )
     return geometry(config, dtype, str(device))
+
+
+def _check_output(folder: Path) -> None:
+    """Refuse what can be no folder, before anything is measured."""
+    for place in (folder, *folder.parents):
+        if place.exists():
+            if not place.is_dir():
+                raise ValueError(f"--output: {place}: got a file, expected a folder, or a name that is free")
+            return
 
 
 def _circumstances() -> dict[str, Any]:

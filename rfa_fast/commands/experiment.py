@@ -109,7 +109,7 @@ def experiment(
         bool, typer.Option("--forecast-only", help="Print the forecast and leave.", rich_help_panel=_RUN)
     ] = False,
     data_folder: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Folder of the data.", rich_help_panel=_RUN,
+        Path | None, typer.Option(metavar="FOLDER", help="Folder of the data, of one --data.", rich_help_panel=_RUN,
                                   show_default="$RFA_FAST_DATA or where it is installed")
     ] = None,
     cache: Annotated[
@@ -164,7 +164,7 @@ def experiment(
         autocast_dtype(autocast)
         tables = find_tables(name)
         seconds = None if budget is None else read_budget(budget)
-        pairs = choose_pairs(tables, data, model, quick=quick)
+        pairs = choose_pairs(tables, data, model, quick=quick, folder=data_folder)
         sizes = {pair.name: Sizes() for pair in pairs}
         if quick:
             sizes = quick_sizes(pairs)

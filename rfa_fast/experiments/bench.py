@@ -30,6 +30,12 @@ from rfa_fast.metrics.cost import measure
 from rfa_fast.metrics.forecast import Forecast
 from rfa_fast.metrics.shapes_only import DependsOnValues
 
+# What a rival's making or step may raise on a model that it does not take.
+_FAILURES = (
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, MemoryError, RuntimeError, TypeError,
+    ValueError,
+)  # fmt: skip
+_CPU_FULL = ("DefaultCPUAllocator", "can't allocate memory")
 Bar = Callable[[str], AbstractContextManager[Callable[[int, int], None]]]
 _MEMINFO = Path("/proc/meminfo")
 
@@ -113,15 +119,17 @@ class Bench:
         if self.checkpointing:
             check_checkpointing(model)
 
-    def forecasts(self, model: nn.Module, bar: Bar) -> dict[str, Forecast]:
+    def forecasts(self, model: nn.Module, bar: Bar, unknown: dict[str, str] | None = None) -> dict[str, Forecast]:
         """The memory of each contender but the floor, and of the paper's arrangement, asked for or not.
 
         Args:
             model: unpatched; may be on `"meta"`.
             bar: shows progress; gets a label.
+            unknown: gets the reason why a rival has none, by contender; an error of ours is raised.
 
         Returns:
-            By contender; one whose course depends on the values of activations is not among them.
+            By contender; a rival that failed is not among them, nor one whose course depends on the values of
+            activations.
         """
         batch = self.batches.draw(generator(self.seed, "bench", "forecast"))
         found: dict[str, Forecast] = {}
@@ -132,7 +140,14 @@ class Bench:
                 arrangement = name.split("-")[0]
                 mode = "teacher" if name.startswith("ours-teacher") else "residual"
                 if (arrangement, mode) not in known:
-                    known[arrangement, mode] = self._forecast(model, batch, arrangement, mode)
+                    try:
+                        known[arrangement, mode] = self._forecast(model, batch, arrangement, mode)
+                    except _FAILURES as error:
+                        if arrangement == "ours":
+                            raise
+                        known[arrangement, mode] = None
+                        if unknown is not None:
+                            unknown[name] = reason(error)
                 if (one := known[arrangement, mode]) is not None:
                     found[name] = one
                 advance(done + 1, len(names))
@@ -175,11 +190,14 @@ class Bench:
             if row.forecast is None:
                 continue
             state, during = row.forecast.state, row.forecast.above_weights - row.forecast.state
+            # Alone it trains the model itself; beside the others, which need that as it was, a copy.
+            copied = row.forecast.weights if name.startswith("finetune") else 0
+            state += copied
             needed = kept + state + max(peak, during)
             if free is not None and needed > free:
                 row.problem = (
-                    f"left out: it needs {size_text(row.forecast.peak)}, and beside the weights and what runs with it "
-                    f"{size_text(max(free - kept, 0))} are free"
+                    f"left out: it needs {size_text(row.forecast.peak + copied)}, and beside the weights and what "
+                    f"runs with it {size_text(max(free - kept, 0))} are free"
                 )
                 continue
             kept, peak = kept + state, max(peak, during)
@@ -207,26 +225,39 @@ class Bench:
             bar: shows progress; gets a label.
 
         Returns:
-            Whether it ran to its end: Ctrl-C stops it, and leaves the rounds so far.
+            Whether it ran to its end: Ctrl-C stops it, and leaves the rounds so far. A rival that fails has the
+            reason in its row, and the others go on.
+
+        Raises:
+            Exception: what ours, the first of the rows, raised; out of memory in its warm-up is said in its row.
         """
         running: list[tuple[Row, Contender]] = []
         try:
             taking_part = [row for row in rows if not row.problem]
             with bar("warm up") as advance:
                 for place, row in enumerate(taking_part):
-                    rival = self._warm(row, model, device, warmup)
+                    rival = self._warm(row, model, device, warmup, ours=row is rows[0])
                     if rival is not None:
                         running.append((row, rival))
                     advance(place + 1, len(taking_part))
+            total = rounds * len(running)
             with bar("measure") as advance:
                 for number in range(rounds):
                     batch = self.batches.draw(generator(self.seed, "bench", number), device)
-                    times = []
-                    for place, (_, rival) in enumerate(running):
-                        times.append(timed(device, partial(rival.step, batch)))
-                        advance(number * len(running) + place + 1, rounds * len(running))
+                    times: list[float | None] = []
+                    for place, (row, rival) in enumerate(running):
+                        try:
+                            times.append(timed(device, partial(rival.step, batch)))
+                        except _FAILURES as error:
+                            if row is rows[0]:
+                                raise
+                            row.problem = reason(error)
+                            times.append(None)
+                        advance(number * len(running) + place + 1, total)
                     for (row, _), taken in zip(running, times, strict=True):
-                        row.seconds.append(taken)
+                        if taken is not None:
+                            row.seconds.append(taken)
+                    running = [pair for pair, taken in zip(running, times, strict=True) if taken is not None]
         except KeyboardInterrupt:
             finished = False
         else:
@@ -236,7 +267,7 @@ class Bench:
                 row.problem = row.problem or f"no result: {still[0]} and {len(still) - 1} more did not move"
         return finished
 
-    def _warm(self, row: Row, model: nn.Module, device: torch.device, warmup: int) -> Contender | None:
+    def _warm(self, row: Row, model: nn.Module, device: torch.device, warmup: int, *, ours: bool) -> Contender | None:
         try:
             rival = self.make(row, model, device)
             batch = self.batches.draw(generator(self.seed, "bench", "warm", 0), device)
@@ -248,12 +279,37 @@ class Bench:
                     rival.step(batch)
                 if cost.peak_bytes is not None and before is not None:
                     row.extra_bytes, row.extra_source = max(cost.peak_bytes - before, 0), cost.source
-        except torch.OutOfMemoryError as error:
-            row.problem = f"out of memory ({str(error).splitlines()[0]})"
+        except _FAILURES as error:
+            if ours and not out_of_memory(error):
+                raise
+            row.problem = reason(error)
             return None
         if rival.parameters and not (math.isfinite(rival.gradient_norm) and rival.gradient_norm > 0):
             row.problem = f"no result: its first gradient has norm {rival.gradient_norm}"
         return rival
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether it says that memory is full: on a CPU, torch has no exception of its own for that.
+
+    Example:
+        >>> out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory")), out_of_memory(RuntimeError("x"))
+        (True, False)
+    """
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _CPU_FULL)
+
+
+def reason(error: BaseException) -> str:
+    """An error in a row's words.
+
+    Example:
+        >>> reason(ValueError("rank: got 0, expected 1 or more")), reason(MemoryError())
+        ('cannot run: rank: got 0, expected 1 or more', 'out of memory (MemoryError)')
+    """
+    said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return f"out of memory ({said})" if out_of_memory(error) else f"cannot run: {said}"
 
 
 def timed(device: torch.device, run: Callable[[], object]) -> float:
@@ -323,9 +379,10 @@ def sentence(forecasts: Mapping[str, Forecast], ours: str, batches: Batches) -> 
 would need 4.0 GiB.
     """
     mine, paper = forecasts.get(ours), forecasts.get("paper")
-    if mine is None or paper is None:
+    if mine is None:
         return "What memory a step needs cannot be told from shapes: this model decides by the values of activations."
+    theirs = "is not known" if paper is None else f"would need {size_text(paper.peak)}"
     return (
         f"This step on this model at {batches} needs {size_text(mine.peak)} ({size_text(mine.weights)} of them "
-        f"weights); the paper's arrangement would need {size_text(paper.peak)}."
+        f"weights); the paper's arrangement {theirs}."
     )

@@ -23,6 +23,7 @@ from rfa_fast.config import Mode
 from rfa_fast.data import Split, split_by_class, split_by_keyword, split_by_sample
 from rfa_fast.experiments.cache import ModelCache, Say, cache_folder, labels_of
 from rfa_fast.experiments.common import Experiment, Method, ScenarioRun
+from rfa_fast.methods import method_settings
 from rfa_fast.report import RunReport, write_atomically
 
 Settings = Mapping[str, Mapping[str, Any]]
@@ -82,7 +83,8 @@ def compare(
         scenarios: those of the experiment, run when the request names none.
 
     Raises:
-        ValueError: a scenario, mode or limit that is not there; nothing has been trained then.
+        ValueError, TypeError: a scenario, mode or limit that is not there, or a setting that is wrong; nothing has
+            been trained then.
         OSError: output or cache cannot be written.
     """
     base = _limited(base, request.limit)
@@ -156,10 +158,11 @@ def methods(settings: Mapping[str, Mapping[str, Any]], seed: int, tried: Sequenc
     Args:
         settings: mode -> keyword arguments of :func:`rfa_fast.unlearn`.
         seed: of every run.
-        tried: `"lr=5e-5,5e-4"`: a keyword and its values, as JSON; a value that is not JSON is a text.
+        tried: `"lr=5e-5,5e-4"`: a keyword and its values, as JSON; a list is one value; a value that is not JSON is a
+            text.
 
     Raises:
-        ValueError: not of that form.
+        ValueError, TypeError: not of that form, or a combination that `unlearn` does not take.
 
     Example:
         >>> [m.label for m in methods({"residual": {"rank": 4}}, 0, ["lr=1e-4,1e-3"])]
@@ -170,13 +173,15 @@ def methods(settings: Mapping[str, Mapping[str, Any]], seed: int, tried: Sequenc
         key, equals, values = text.partition("=")
         if not key.isidentifier() or not equals or not values:
             raise ValueError(f"try: got {text!r}, expected NAME=VALUE,VALUE,… such as lr=5e-5,5e-4")
-        axes[key] = [json_or_text(value) for value in values.split(",")]
+        listed = json_or_text(f"[{values}]")
+        axes[key] = listed if isinstance(listed, list) else [json_or_text(value) for value in values.split(",")]
     found: list[Method] = []
     for mode, own in settings.items():
         for combination in itertools.product(*axes.values()):
             chosen = dict(zip(axes, combination, strict=True))
             label = " ".join([f"RFA {mode}", *(f"{key}={value}" for key, value in chosen.items())])
             found.append(Method(label, {"mode": mode, "seed": seed, **own, **chosen}))
+            method_settings(found[-1].options)
     return found
 
 

@@ -44,7 +44,7 @@ def forecast(
         inputs, labels, forget: a batch, as :meth:`rfa_fast.RFA.loss` takes it. The values matter where they say
             which rows belong to what: labels of −100, the attention mask, `forget`.
         arrangement: `"ours"`; `"paper"`, a PEFT student, a copied teacher and hooks (Fig. 4); `"peft"`, LoRA
-            fine-tuning without forgetting; `"finetune"`, every parameter.
+            fine-tuning without forgetting; `"finetune"`, every parameter of the model itself, no copy.
         targets, rank, alpha: as :func:`rfa_fast.patch` takes them.
         checkpointing: each block of a transformers model keeps its input and is recomputed in the backward.
         **options: more of :func:`rfa_fast.patch`'s, such as `mode="teacher"`; for ours alone.
@@ -89,7 +89,8 @@ def _rival(
 ) -> Step:
     from rfa_fast.experiments.rivals import Setting, StepBatch, contender
 
-    rival = contender(name, model, StepBatch(*batch), Setting(targets, rank, alpha))
+    # In place: the copy at hand is the model's own, as where fine-tuning is all that runs.
+    rival = contender(name, model, StepBatch(*batch), Setting(targets, rank, alpha), in_place=True)
     loss, optimizer = rival.loss, rival.optimizer
     if loss is None or optimizer is None:
         raise ValueError(f"arrangement: got {name!r}, which has no loss; expected one that trains")

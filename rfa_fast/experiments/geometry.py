@@ -146,7 +146,7 @@ def batches_for(
         raise ValueError(f"size: got {blank.size}, expected 2 or more samples: one to keep and one to forget")
     try:
         logits = _answer(model, blank)
-    except RuntimeError as error:
+    except (AssertionError, RuntimeError) as error:  # torchvision asserts
         raise ValueError(f"model: does not take a batch of {blank} ({error}); give another size") from error
     labels = "per sample"
     if logits.ndim == 3:
@@ -171,7 +171,6 @@ def _answer(model: nn.Module, blank: Batches) -> Tensor:
 def _inputs_of(model: nn.Module, size: int | None, length: int | None, image_size: int | None) -> Batches:
     config, name = getattr(model, "config", None), getattr(model, "main_input_name", None)
     dtype = next((p.dtype for p in model.parameters()), torch.float32)
-    side = image_size or _whole(getattr(config, "image_size", None)) or DEFAULT_IMAGE
     first = next((m for m in model.modules() if isinstance(m, nn.Embedding | nn.Conv2d | nn.Linear)), None)
     by_token = name == "input_ids" or (name is None and isinstance(first, nn.Embedding))
     if image_size is not None and by_token:
@@ -180,12 +179,13 @@ def _inputs_of(model: nn.Module, size: int | None, length: int | None, image_siz
         raise ValueError(f"length: got {length} for {type(model).__name__}, which does not take token ids")
     if by_token:
         embedding: Any = model.get_input_embeddings() if name else first  # type: ignore[operator]
-        most = _whole(getattr(config, "max_position_embeddings", None))
+        most = _positions(model, _whole(getattr(config, "max_position_embeddings", None)))
         if length is not None and most is not None and length > most:
             raise ValueError(f"length: got {length}, expected at most {most}, what the model takes")
         tokens = length or min(DEFAULT_LENGTH, most or DEFAULT_LENGTH)
         return Batches(size or DEFAULT_TEXTS, (tokens,), name, int(embedding.weight.shape[0]), dtype)
     if name == "pixel_values" or isinstance(first, nn.Conv2d):
+        side = image_size or _side(getattr(config, "image_size", None)) or DEFAULT_IMAGE
         channels = _whole(getattr(config, "num_channels", None))
         channels = channels or (first.in_channels if isinstance(first, nn.Conv2d) else 3)
         return Batches(size or DEFAULT_IMAGES, (channels, side, side), name, None, dtype)
@@ -196,3 +196,22 @@ def _inputs_of(model: nn.Module, size: int | None, length: int | None, image_siz
 
 def _whole(value: object) -> int | None:
     return value if isinstance(value, int) and value > 0 else None
+
+
+def _side(value: object) -> int | None:
+    """A configuration's image size, one number or a height and a width."""
+    if not isinstance(value, list | tuple) or not value:
+        return _whole(value)
+    if any(each != value[0] for each in value):
+        raise ValueError(f"image_size: got {value} in the configuration, expected a square; give another size")
+    return _whole(value[0])
+
+
+def _positions(model: nn.Module, most: int | None) -> int | None:
+    """How many tokens `most` positions are: RoBERTa and its kind count from behind the padding index."""
+    if most is None:
+        return None
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return max(most - module.padding_idx - 1, 1)
+    return most

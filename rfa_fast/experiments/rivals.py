@@ -205,7 +205,10 @@ def task_loss(model: nn.Module, batch: StepBatch) -> Tensor:
     if isinstance(batch.inputs, Mapping):
         found: Tensor = model(**batch.inputs, labels=batch.labels).loss
         return found
-    return F.cross_entropy(logits_of(call(model, batch.inputs)).float(), batch.labels)
+    logits, labels = logits_of(call(model, batch.inputs)).float(), batch.labels
+    if logits.ndim == 3:  # classes come last here, second in cross_entropy
+        logits, labels = logits.flatten(0, 1), labels.flatten()
+    return F.cross_entropy(logits, labels)
 
 
 def finetune(model: nn.Module, setting: Setting, *, compiled: bool = False, in_place: bool = False) -> Contender:

@@ -49,6 +49,11 @@ def select(backend: Backend, x: Tensor) -> tuple[str, str]:
         return "torch", f"automatic choice for a tensor on {kind}"
     usable, why = _usable(kind), _why(kind)
     typed = x.dtype in FUSED_DTYPES
+    if backend == "auto" and usable and _before_tensor_cores(kind):
+        return (
+            "torch",
+            f"automatic choice for a tensor on {kind}: Triton has tensor cores from compute capability 8.0 on.",
+        )
     if backend == "auto":
         if usable and typed:
             return "triton", f"automatic choice for a tensor on {kind}: {why}"
@@ -86,9 +91,15 @@ def _why(kind: str) -> str:
     return _status(kind, os.environ.get("TRITON_INTERPRET"))[1]
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _before_tensor_cores(kind: str) -> bool:
+    """Whether Triton compiles products for this GPU without the tensor cores that the vendor's libraries use."""
+    return kind == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0)
+
+
 def linear(backend: str, x: Tensor, *arguments: Any) -> plain.LayerResult:
     """The layer of :func:`rfa_fast.functional.rfa_linear`; arguments as :func:`rfa_fast.ops.plain.linear`'s."""
-    if backend == "reference" or x.numel() == 0:
+    if backend == "reference" or _empty(x, arguments):
         return plain.linear(_in_torch(backend), x, *arguments)
     return linear_and_mean(backend, x, *arguments)[:4]
 
@@ -106,7 +117,7 @@ def conv2d(backend: str, x: Tensor, *arguments: Any) -> plain.LayerResult:
     """The layer of :func:`rfa_fast.functional.rfa_conv2d`; arguments as :func:`rfa_fast.ops.plain.conv2d`'s."""
     # Compiled, autograd's derivative is fused no worse than the one by hand.
     fused_elsewhere = backend == "torch" and torch.compiler.is_compiling()
-    if backend == "reference" or fused_elsewhere or x.numel() == 0:
+    if backend == "reference" or fused_elsewhere or _empty(x, arguments):
         return plain.conv2d(_in_torch(backend), x, *arguments)
     if backend == "torch":
         return conv2d_torch.conv2d(x, *arguments)
@@ -117,7 +128,7 @@ def conv2d(backend: str, x: Tensor, *arguments: Any) -> plain.LayerResult:
 
 def head_loss(backend: str, hidden: Tensor, *arguments: Any, skip: float) -> plain.HeadResult:
     """The loss of :func:`rfa_fast.functional.rfa_head_loss`; arguments as :func:`rfa_fast.ops.plain.head_loss`'s."""
-    if backend == "reference" or hidden.numel() == 0 or hidden.dtype == torch.float64:
+    if backend == "reference" or _empty(hidden, arguments) or hidden.dtype == torch.float64:
         return plain.head_loss(_in_torch(backend), hidden, *arguments)
     from rfa_fast.ops import head
 
@@ -127,6 +138,11 @@ def head_loss(backend: str, hidden: Tensor, *arguments: Any, skip: float) -> pla
     if lora_a is None and not head.trained((weight, bias)):
         return head.frozen_head_loss(backend, hidden, weight, labels, group, bias, softcap, fallback, chunk_bytes, skip)
     return plain.head_loss(backend, hidden, *arguments)
+
+
+def _empty(x: Tensor, arguments: tuple[Any, ...]) -> bool:
+    """Whether there are no rows, or no outputs; the weight is the first of the arguments."""
+    return x.numel() == 0 or arguments[0].numel() == 0
 
 
 def _in_torch(backend: str) -> str:

@@ -26,7 +26,7 @@ from rfa_fast.config import Norm
 from rfa_fast.objective import IGNORE, RETAIN, group_mean
 from rfa_fast.ops.linear import linear
 from rfa_fast.ops.plain import HeadResult
-from rfa_fast.ops.registration import register
+from rfa_fast.ops.registration import differentiable_once, register
 from rfa_fast.ops.rows import autocast
 from rfa_fast.ops.task import HOST, LAUNCHERS, PROBABILITY_SUMS, TASK_SUMS, Rowwise, roles, row_weights
 
@@ -184,6 +184,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(out.hidden_gradient, inputs[3], inputs[4])
 
 
+@differentiable_once
 def _backward(ctx: Any, retain: Tensor | None, forget: Tensor | None, *rest: Tensor | None) -> tuple[Any, ...]:
     gradient, labels, group = ctx.saved_tensors
     weights = row_weights(retain, forget, labels, group) / _lift(gradient.dtype)

@@ -262,10 +262,12 @@ def remember(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(result.hidden, result.mean, result.retain_norms, result.forget_norms)
     goal = result.mean if target is None else target
+    # Without a group y is compared with nothing: it is not kept for us, and may be added to in place.
+    held = None if group is None else result.output
     ctx.save_for_backward(
-        x, weight, a, b, group, goal, known, kept, result.hidden, result.output, result.retain_norms,
-        result.forget_norms,
-    )  # fmt: skip
+        x, weight, a, b, group, goal, known, kept, result.hidden, held, result.retain_norms, result.forget_norms
+    )
+    ctx.shape = result.output.shape
     ctx.options = (t_div, t_mod, target is not None, k_div, k_mod, scale, l2, unit_rows, emit)
 
 
@@ -277,7 +279,8 @@ def derivative(
     t_div, t_mod, given, k_div, k_mod, scale, l2, unit_rows, emit = ctx.options
     retain_grad, forget_grad = rest[-2:]
     if grad is None:
-        grad = torch.zeros_like(output)
+        grad = x.new_zeros(ctx.shape)
+    output = grad if output is None else output
     goal = goal[None] if goal.ndim == 1 else goal
     grads = operator(
         grad, residual if emit else None, retain_grad, forget_grad, x, weight, a, b, group,

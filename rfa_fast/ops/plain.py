@@ -31,6 +31,7 @@ from rfa_fast.objective import (
     mean_prediction,
     task_sums,
 )
+from rfa_fast.ops.rows import without_autocast
 
 LayerResult = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 HeadResult = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
@@ -134,7 +135,7 @@ def _assemble(
     if group is None:
         return frozen + residual, emitted, None, None
     output = frozen + residual
-    with torch.autocast(output.device.type, enabled=False):
+    with without_autocast(output.device.type):
         if backend == "reference" or retain_target is not None:
             sums = alignment_sums(
                 frozen, residual, group, target=target, retain_target=retain_target, norm=norm, per_sample=per_sample,

@@ -124,7 +124,7 @@ def autocast(tensor: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...
         torch.bfloat16
     """
     kind = tensor.device.type
-    if not torch.is_autocast_enabled(kind):
+    if not autocasts(kind):
         return (tensor, *others)
     dtype = torch.get_autocast_dtype(kind)
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (tensor, *others))
@@ -133,6 +133,16 @@ def autocast(tensor: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...
 # Asked once: not every torch can ask it within a compiled function.
 _DEVICES = ("cpu", "cuda", "xpu", "mps", "hpu", "xla", "mtia", "maia", "ipu", torch._C._get_privateuse1_backend_name())
 _WITH_AUTOCAST = frozenset(kind for kind in _DEVICES if torch.amp.is_autocast_available(kind))
+
+
+def autocasts(kind: str) -> bool:
+    """Whether autocast is on for a type of device; for one that has none, such as meta, it is not.
+
+    Example:
+        >>> autocasts("cpu"), autocasts("meta")
+        (False, False)
+    """
+    return kind in _WITH_AUTOCAST and torch.is_autocast_enabled(kind)
 
 
 def without_autocast(kind: str) -> AbstractContextManager[object]:

@@ -36,14 +36,17 @@ from rfa_fast.report import RunReport, write_atomically
 PLAN_FILE, SPLITS = "plan.json", "splits"
 
 
-def choose_pairs(tables: Sequence[TableSpec], data: str | None, model: str | None, *, quick: bool) -> list[Pair]:
+def choose_pairs(
+    tables: Sequence[TableSpec], data: str | None, model: str | None, *, quick: bool, folder: Path | None = None
+) -> list[Pair]:
     """The pairs to run: those named, else those of the tables that are on this machine.
 
-    With `quick` and nothing named, the first of each kind, digits for images.
+    With `quick` and nothing named, the first of each kind, digits for images. `folder` is that of the data, in place
+    of where they are looked for.
 
     Raises:
-        ValueError: unknown data or model.
-        FileNotFoundError: none of them is here; the message holds the commands that bring them.
+        ValueError: unknown data or model; a folder for data that take none, or for several.
+        FileNotFoundError: none of them is here; the message holds the commands that bring them. No such folder.
 
     Example:
         >>> [pair.name for pair in choose_pairs([TABLES["table1"]], None, None, quick=True)]
@@ -53,7 +56,9 @@ def choose_pairs(tables: Sequence[TableSpec], data: str | None, model: str | Non
         wanted = find_pairs(data, model)
     else:
         wanted = [PAIRS[name] for name in dict.fromkeys(name for table in tables for name in table.pairs)]
-    absent = {pair.name: all_missing(pair) for pair in wanted}
+    if folder is not None:
+        _check_folder(folder, wanted)
+    absent = {pair.name: all_missing(pair, folder) for pair in wanted}
     found = [pair for pair in wanted if not absent[pair.name]]
     if not found:
         lines = [f"{name} needs {need}: {command}" for name, needs in absent.items() for need, command in needs.items()]
@@ -63,6 +68,23 @@ def choose_pairs(tables: Sequence[TableSpec], data: str | None, model: str | Non
         found.sort(key=lambda pair: order.index(pair.name))
         found = list({pair.kind: pair for pair in reversed(found)}.values())[::-1]
     return found
+
+
+def _check_folder(folder: Path, pairs: Sequence[Pair]) -> None:
+    """A folder holds one data set, so it is for data that are read from one, and for one of them."""
+    named = list(dict.fromkeys(pair.data for pair in pairs))
+    read = list(dict.fromkeys(pair.data for pair in pairs if any(need.startswith("data:") for need in pair.needs)))
+    if named != read and len(named) == 1:
+        raise ValueError(
+            f"data_folder: got {str(folder)!r} for {named[0]}, expected none: they are read from no folder"
+        )
+    if len(named) > 1:
+        raise ValueError(
+            f"data_folder: got {str(folder)!r} for {', '.join(named)}, expected one data set: choose it with --data, "
+            f"one of {', '.join(read)}"
+        )
+    if not folder.exists():
+        raise FileNotFoundError(f"data_folder: {folder} does not exist, expected the folder of {named[0]}")
 
 
 def quick_sizes(pairs: Sequence[Pair]) -> dict[str, Sizes]:
@@ -188,7 +210,9 @@ def size_lines(choice: Choice, forecaster: Forecaster) -> list[str]:
         if sizes.samples is not None:
             parts.append(f"at most {sizes.samples:,} samples measured per subset")
         if sizes.unlearning is not None:
-            parts.append(f"at most {sizes.unlearning} epoch{'' if sizes.unlearning == 1 else 's'} of unlearning")
+            unset = " where no number is set" if any("epochs" in of for of in choice.overrides.values()) else ""
+            count = f"{sizes.unlearning} epoch{'' if sizes.unlearning == 1 else 's'}"
+            parts.append(f"at most {count} of unlearning{unset}")
         if sizes.seeds is not None and sizes.seeds < choice.seeds:
             parts.append(f"{sizes.seeds} seed{'' if sizes.seeds == 1 else 's'} of {choice.seeds}")
         if parts:

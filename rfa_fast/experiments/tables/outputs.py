@@ -173,7 +173,9 @@ def _line(cells: Sequence[str]) -> str:
 
 def _md(text: str) -> str:
     """The text without a sign that Markdown or a browser would read as markup."""
-    for sign, written in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "\\|"), ("*", "\\*"), ("`", "\\`")):
+    text = re.sub(r"[\\|*`\[\]~]", r"\\\g<0>", text)
+    text = re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", text)  # between letters, as in D_f, it is none
+    for sign, written in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;")):
         text = text.replace(sign, written)
     return re.sub(r"\s+", " ", text)
 

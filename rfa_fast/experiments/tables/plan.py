@@ -135,9 +135,10 @@ class PlannedRow:
 
         Args:
             forgotten: samples in D_f, each once.
-            most_epochs: of unlearning.
+            most_epochs: of unlearning, unless the user set how many.
         """
         chosen = {**self.of_method, **self.of_row}
+        most_epochs = None if "epochs" in chosen else most_epochs
         forgotten *= self.spec.repeat
         return self.spec.keywords(pair, kind, forgotten, seed, self.epochs, chosen, most_epochs=most_epochs)
 
@@ -194,7 +195,8 @@ def blocks_of(choice: Choice) -> list[Block]:
 
     Raises:
         ValueError: an unknown method or metric, one that a pair's kind does not have, a scenario of no known
-            form, a setting of the user's that a row does not leave open, or nothing left to show.
+            form, a setting of the user's that a row does not leave open, two rows of one label, or nothing left to
+            show.
 
     Example:
         >>> blocks = blocks_of(Choice(("table1",), ("digits/digits-net",)))
@@ -209,6 +211,7 @@ def blocks_of(choice: Choice) -> list[Block]:
             raise ValueError(f"scenario: got {scenario!r}, expected class:NAME, sample:COUNT or keyword:WORD")
     chosen = None if choice.methods is None else tuple(find_rows(choice.methods))
     found: list[Block] = []
+    shown: set[str] = set()
     _check_here(chosen)
     for table in (TABLES[name] for name in choice.tables):
         for pair in _pairs_of(table, choice):
@@ -218,9 +221,12 @@ def blocks_of(choice: Choice) -> list[Block]:
                 if not mine:
                     continue
             metrics = _metrics(table, pair, choice)
-            rows = tuple(choice.planned(_repeated(row, choice), table.epochs) for row in table.row_specs(pair, mine))
-            found += [Block(table, pair, text, rows, metrics) for text in choice.scenarios or _own(table, pair, choice)]
-    shown = {row.spec.base or row.spec.name for block in found for row in block.rows}
+            specs = table.row_specs(pair, mine)
+            rows = tuple(choice.planned(row, table.epochs) for row in _repeated(specs, choice))
+            _check_labels(table, rows)
+            scenarios = dict.fromkeys(choice.scenarios or _own(table, pair, choice))
+            found += [Block(table, pair, text, rows, metrics) for text in scenarios]
+            shown |= {row.base or row.name for row in specs if scenarios}
     if left := [row.name for row in chosen or () if row.name not in shown]:
         raise ValueError(
             f"methods: got {', '.join(left)} for {', '.join(choice.pairs)}, expected rows for such data; --list has "
@@ -322,6 +328,15 @@ def _check_here(chosen: tuple[RowSpec, ...] | None) -> None:
             )
 
 
+def _check_labels(table: TableSpec, rows: Sequence[PlannedRow]) -> None:
+    """A report tells its rows apart by their labels."""
+    labels = [*table.baselines, *(row.spec.label for row in rows)]
+    if twice := [label for label in dict.fromkeys(labels) if labels.count(label) > 1]:
+        raise ValueError(
+            f"methods: got {twice[0]!r} more than once for {table.name}, expected rows of different labels"
+        )
+
+
 def _check_overrides(blocks: Sequence[Block], overrides: Mapping[str, Mapping[str, Any]]) -> None:
     """What the user set is what the rows that it is for run with.
 
@@ -366,7 +381,17 @@ def _metrics(table: TableSpec, pair: Pair, choice: Choice) -> tuple[str, ...]:
     return tuple(check_columns(table.metrics, kind=pair.kind))
 
 
-def _repeated(row: RowSpec, choice: Choice) -> RowSpec:
-    if choice.repeat == 1 or row.repeat != 1:
-        return row
-    return replace(row, label=f"{row.label}, D_f × {choice.repeat}", repeat=choice.repeat)
+def _repeated(rows: Sequence[RowSpec], choice: Choice) -> list[RowSpec]:
+    """The rows with D_f as often as asked for; one that thereby becomes a row that is there already is left out."""
+    if choice.repeat == 1:
+        return list(rows)
+    there = {row.identity() for row in rows if row.repeat != 1}
+    found = []
+    for row in rows:
+        if row.repeat != 1:
+            found.append(row)
+            continue
+        more = replace(row, label=f"{row.label}, D_f × {choice.repeat}", repeat=choice.repeat)
+        if more.identity() not in there:
+            found.append(more)
+    return found

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from rfa_fast.data.sources import Source
 from rfa_fast.experiments.tables.pairs import Pair
 
 
-def missing(need: str) -> str | None:
+def missing(need: str, folder: Path | None = None) -> str | None:
     """The command that brings what is needed, `None` where it is there.
 
     Args:
         need: `"data:NAME"` of :func:`rfa_fast.data.available`; `"model:NAME"`, a source of
             :mod:`rfa_fast.experiments.models`; `"weights:NAME"` of torchvision's published ones.
+        folder: of the data, in place of where they are looked for.
 
     Raises:
         ValueError: another word.
@@ -22,7 +25,7 @@ def missing(need: str) -> str | None:
     """
     kind, _, name = need.partition(":")
     if kind == "data":
-        return _missing_data(name)
+        return _missing_data(name) if folder is None or not folder.exists() else None
     if kind == "model":
         source = _source(name)
         return None if source.find() is not None else source.get
@@ -31,15 +34,15 @@ def missing(need: str) -> str | None:
     raise ValueError(f"need: got {need!r}, expected data:NAME, model:NAME or weights:NAME")
 
 
-def all_missing(pair: Pair) -> dict[str, str]:
-    """What a pair needs and is not there -> the command that brings it.
+def all_missing(pair: Pair, folder: Path | None = None) -> dict[str, str]:
+    """What a pair needs and is not there -> the command that brings it; `folder` as for :func:`missing`.
 
     Example:
         >>> from rfa_fast.experiments.tables.pairs import PAIRS
         >>> all_missing(PAIRS["digits/digits-net"])
         {}
     """
-    return {need: command for need in pair.needs if (command := missing(need)) is not None}
+    return {need: command for need in pair.needs if (command := missing(need, folder)) is not None}
 
 
 def _missing_data(name: str) -> str | None:

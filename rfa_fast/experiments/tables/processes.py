@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stderr
 from multiprocessing import get_context, parent_process
 from typing import TextIO
@@ -44,7 +45,7 @@ def compute(
 
     Raises:
         ValueError: what a unit raises.
-        OSError: the cache cannot be written.
+        OSError: the cache cannot be written, or a process was killed.
     """
     if jobs > 1 and len(units) > 1:
         computed = _in_processes(units, choice, jobs, torch.get_num_threads(), say, progress)
@@ -73,6 +74,11 @@ def _in_processes(
             computed[at] = found
             say(f"{units[at].pair}, seed {units[at].seed}: finished")
         return [computed[at] for at in range(len(units))]
+    except BrokenProcessPool as error:
+        raise OSError(
+            f"jobs: one of {jobs} processes was killed, probably for want of memory; take fewer --jobs. Finished rows "
+            "and trained models are kept; the same command goes on where it stopped"
+        ) from error
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
 

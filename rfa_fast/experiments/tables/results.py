@@ -103,7 +103,18 @@ class BlockResult:
             seeds = ", ".join(map(str, row.failed))
             if row.failed:
                 found.append(f"{row.label} has no figures for seed {seeds}: {next(iter(row.failed.values()))}.")
-        return [*found, *self._spread(), *self.block.table.notes]
+        longer = self.block.table.longer
+        return [*found, *self._spread(), *([longer] if longer and self._all_epochs() else []), *self.block.table.notes]
+
+    def _all_epochs(self) -> bool:
+        """Whether no row has fewer epochs of unlearning than the table asks for."""
+        first = next(iter(self.founds.values()))
+        for row in self.block.rows:
+            had = first.options.get(row.key)
+            asked = row.options(self.block.pair, self.block.kind, first.sizes["D_f"], 0)
+            if had is not None and any(had.get(key) != asked.get(key) for key in ("epochs", "max_steps")):
+                return False
+        return True
 
     def _spread(self) -> list[str]:
         """Whether a sample run of RFA stays within what Retrain's own seeds differ by."""
@@ -113,11 +124,13 @@ class BlockResult:
         found = []
         for key in keys:
             spread = self.retrain.figures[key]
-            means = {row.label: row.figures[key].mean for row in self.rows if key in row.figures}
+            ours = [
+                row for planned, row in zip(self.block.rows, self.rows, strict=True) if planned.spec.method == "rfa"
+            ]
+            means = {row.label: row.figures[key].mean for row in ours if key in row.figures}
             told = [
                 f"{label} {100 * mean:.2f} is {'' if within(mean, spread) else 'not '}within"
                 for label, mean in means.items()
-                if label.startswith("RFA")
             ]
             subset = key.partition("/")[0]
             range_words = f"{100 * spread.low:.2f} to {100 * spread.high:.2f} %"

@@ -88,16 +88,17 @@ def summary_scenario(summaries: Sequence[GapSummary]) -> Scenario | None:
 def _row(row: RowResult, columns: Sequence[Metric]) -> MethodRow:
     keys = [column.key for column in columns]
     spread = {k: v.half for k, v in row.figures.items() if k in keys and not math.isnan(v.half)}
-    return MethodRow(
-        row.label, {k: v.mean for k, v in row.figures.items() if k in keys}, row.seconds, spread, dict(row.paper)
-    )
+    figures = {k: v.mean for k, v in row.figures.items() if k in keys}
+    # Seed by seed, as everywhere: Retrain may have seeds that the row has not. What is not there has no gap.
+    gaps = {k: row.gaps[k].mean if k in row.gaps else math.nan for k in figures}
+    return MethodRow(row.label, figures, row.seconds, spread, dict(row.paper), gaps)
 
 
 def _shown(result: BlockResult) -> RowResult | None:
     """The row that the plots show: RFA's last, else the first that has figures."""
-    finished = [row for row in result.rows if row.latest is not None]
-    ours = [row for row in finished if row.label.startswith("RFA")]
-    return next(iter(ours[-1:] or finished), None)
+    finished = [(of, row) for of, row in zip(result.block.rows, result.rows, strict=True) if row.latest is not None]
+    ours = [row for of, row in finished if of.spec.method == "rfa"]
+    return next(iter(ours[-1:] or [row for _, row in finished]), None)
 
 
 def _charts(result: BlockResult) -> list[Chart]:
@@ -110,7 +111,8 @@ def _charts(result: BlockResult) -> list[Chart]:
     count = len(result.rows) // len(values)
     for at in range(count):
         rows = result.rows[at * len(values) : (at + 1) * len(values)]
-        base = rows[0].label.removesuffix(f"{sweep.symbol}{values[0]}").rstrip(", ")
+        value = f"{sweep.symbol}{values[0]}"
+        base = ", ".join(part for part in rows[0].label.split(", ") if part != value)
         for metric in result.block.metrics:
             columns = [column for column in result.columns if metric_of(column.key) == metric]
             series: Mapping[str, list[float]] = {c.label: [_mean(row, c.key) for row in rows] for c in columns}
