@@ -131,8 +131,9 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
             raise ValueError(f"{folder / PICKLE}: {danger}")
         raise FileNotFoundError(f"{path}: not found beside {CONFIG}: the folder is incomplete")
     with path.open("rb") as file:
-        start = file.read(2)
-    if start == b"PK" or start[:1] == b"\x80":
+        start = file.read(9)
+    # Of safetensors these are the header's length, which may well begin so, and then the header's brace.
+    if start[8:] != b"{" and (start[:2] == b"PK" or start[:1] == b"\x80"):
         raise ValueError(f"{path}: {danger}")
     try:
         tensors = load_file(path, device="cpu")

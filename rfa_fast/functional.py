@@ -13,9 +13,18 @@ from torch import Tensor
 
 from rfa_fast.config import Backend, Norm, check_choice
 from rfa_fast.kernels.conv2d_geometry import geometry, pair, resolve_padding
-from rfa_fast.objective import accumulation_dtype, check_range
+from rfa_fast.objective import check_range
 from rfa_fast.ops import backends
-from rfa_fast.ops.rows import autocasts
+from rfa_fast.ops.arguments import (
+    check_adapters,
+    check_device,
+    check_float,
+    check_group,
+    check_linear,
+    check_low_rank,
+    check_operands,
+    check_target,
+)
 
 Unit = Literal["row", "sample"]
 
@@ -102,7 +111,7 @@ def rfa_linear(
         >>> out.retain_loss  # two rows of three ones
         tensor(6.)
     """
-    _check_linear(x, weight, lora_a, lora_b, bias, group, target, retain_target, norm, unit)
+    check_linear(x, weight, lora_a, lora_b, bias, group, target, retain_target, norm, unit)
     chosen, _ = backends.select(backend, x)
     return RFAOutput(
         *backends.linear(
@@ -153,7 +162,7 @@ def rfa_linear_and_mean(
     chosen, _ = backends.select(backend, x)
     if chosen == "reference" or x.numel() == 0:
         return None
-    _check_linear(x, weight, lora_a, lora_b, bias, group, fallback, None, norm, unit)
+    check_linear(x, weight, lora_a, lora_b, bias, group, fallback, None, norm, unit)
     output, residual, retain, forget, mean = backends.linear_and_mean(
         chosen, x, weight, lora_a, lora_b, bias, scale, group, None, None, norm, unit == "sample", False, fallback,
         fallback_known,
@@ -206,8 +215,8 @@ def rfa_conv2d(
         >>> out.output.shape
         torch.Size([2, 4, 3, 3])
     """
-    _check_operands(x, weight, bias, 4)
-    _check_adapters(x, lora_a, lora_b, 4)
+    check_operands(x, weight, bias, 4)
+    check_adapters(x, lora_a, lora_b, 4)
     check_choice("norm", norm, ("mse", "l2"))
     outputs, per_group = weight.shape[0], weight.shape[1]
     if x.ndim != 4 or x.shape[1] != per_group * groups:
@@ -220,14 +229,14 @@ def rfa_conv2d(
         )
     if group is not None and group.ndim != 1:
         raise ValueError(f"group: got shape {tuple(group.shape)}, expected (B,) = ({x.shape[0]},)")
-    _check_group(group, (x.shape[0],), x.device)
+    check_group(group, (x.shape[0],), x.device)
     if target is not None or retain_target is not None:
         steps, spread = pair("stride", stride), pair("dilation", dilation)
         around = resolve_padding(padding, (weight.shape[2], weight.shape[3]), steps, spread)
         where = geometry(x, weight, steps, around, spread, groups)
         shape = (x.shape[0], outputs, where.out_height, where.out_width)
-        _check_target("target", target, shape, x)
-        _check_target("retain_target", retain_target, shape, x)
+        check_target("target", target, shape, x)
+        check_target("retain_target", retain_target, shape, x)
     chosen, _ = backends.select(backend, x)
     return RFAOutput(
         *backends.conv2d(
@@ -286,7 +295,7 @@ def rfa_head_loss(
         >>> round(out.retain.item(), 4)  # log 4
         1.3863
     """
-    _check_float(hidden=hidden, weight=weight, bias=bias)
+    check_float(hidden=hidden, weight=weight, bias=bias)
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             f"hidden, weight: got {tuple(hidden.shape)} and {tuple(weight.shape)}, expected (rows, K), (V, K)"
@@ -294,9 +303,9 @@ def rfa_head_loss(
     if (lora_a is None) != (lora_b is None):
         raise ValueError("lora_a, lora_b: got one of them, expected both or neither")
     if lora_a is not None and lora_b is not None:
-        _check_adapters(hidden, lora_a, lora_b, 2)
-        _check_low_rank(weight, lora_a, lora_b)
-    _check_operands(hidden, weight, bias, 2)
+        check_adapters(hidden, lora_a, lora_b, 2)
+        check_low_rank(weight, lora_a, lora_b)
+    check_operands(hidden, weight, bias, 2)
     check_choice("norm", norm, ("mse", "l2"))
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap: got {softcap}, expected a number above 0, or None for logits as they are")
@@ -304,15 +313,15 @@ def rfa_head_loss(
         raise TypeError(f"labels: got {labels.dtype}, expected torch.int64")
     if tuple(labels.shape) != (hidden.shape[0],):
         raise ValueError(f"labels: got shape {tuple(labels.shape)}, expected ({hidden.shape[0]},)")
-    _check_device("labels", labels, hidden.device)
+    check_device("labels", labels, hidden.device)
     if tuple(group.shape) != (hidden.shape[0],):
         raise ValueError(f"group: got shape {tuple(group.shape)}, expected ({hidden.shape[0]},)")
-    _check_group(group, (hidden.shape[0],), hidden.device)
+    check_group(group, (hidden.shape[0],), hidden.device)
     check_range(labels, group, weight.shape[0])
-    _check_target("target", target, (weight.shape[0],), hidden)
+    check_target("target", target, (weight.shape[0],), hidden)
     if mean_prediction is not None:
-        _check_float(mean_prediction=mean_prediction)
-        _check_device("mean_prediction", mean_prediction, hidden.device)
+        check_float(mean_prediction=mean_prediction)
+        check_device("mean_prediction", mean_prediction, hidden.device)
         if tuple(mean_prediction.shape) != (weight.shape[0],):
             got = tuple(mean_prediction.shape)
             raise ValueError(f"mean_prediction: got shape {got}, expected ({weight.shape[0]},), one entry per class")
@@ -331,92 +340,3 @@ def rfa_head_loss(
             norm, chunk_bytes, skip=skip,
         )
     )  # fmt: skip
-
-
-def _check_linear(
-    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None, group: Tensor | None,
-    target: Tensor | None, retain_target: Tensor | None, norm: str, unit: str,
-) -> None:  # fmt: skip
-    _check_operands(x, weight, bias, 2)
-    _check_adapters(x, lora_a, lora_b, 2)
-    check_choice("norm", norm, ("mse", "l2"))
-    check_choice("unit", unit, ("row", "sample"))
-    if x.ndim < 1 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"x: got shape {tuple(x.shape)}, expected (..., {weight.shape[1]}) to fit weight (N, K)")
-    _check_low_rank(weight, lora_a, lora_b)
-    leading = tuple(x.shape[:-1])
-    _check_group(group, leading, x.device)
-    _check_target("target", target, (*leading, weight.shape[0]), x)
-    _check_target("retain_target", retain_target, (*leading, weight.shape[0]), x)
-    if unit == "sample" and not leading:
-        raise ValueError("unit: got 'sample' for a single row, expected x with a batch axis")
-
-
-def _check_float(**tensors: Tensor | None) -> None:
-    for name, tensor in tensors.items():
-        if tensor is not None and not tensor.is_floating_point():
-            raise TypeError(f"{name}: got {tensor.dtype}, expected a floating-point tensor")
-
-
-def _check_operands(x: Tensor, weight: Tensor, bias: Tensor | None, ndim: int) -> None:
-    _check_float(x=x, weight=weight, bias=bias)
-    if weight.ndim != ndim:
-        raise ValueError(f"weight: got {weight.ndim} axes, expected {ndim}")
-    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
-        raise ValueError(f"bias: got shape {tuple(bias.shape)}, expected ({weight.shape[0]},)")
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is None:
-            continue
-        _check_device(name, tensor, x.device)
-        if tensor.dtype != x.dtype and not autocasts(x.device.type):
-            raise TypeError(
-                f"{name}: got {tensor.dtype} beside an input in {x.dtype}, expected the same outside autocast"
-            )
-
-
-def _check_adapters(x: Tensor, a: Tensor, b: Tensor, ndim: int) -> None:
-    _check_float(lora_a=a, lora_b=b)
-    for name, tensor in (("lora_a", a), ("lora_b", b)):
-        if tensor.ndim != ndim:
-            raise ValueError(f"{name}: got {tensor.ndim} axes, expected {ndim}")
-        _check_device(name, tensor, x.device)
-
-
-def _check_low_rank(weight: Tensor, a: Tensor, b: Tensor) -> None:
-    if tuple(a.shape[1:]) != (weight.shape[1],) or tuple(b.shape) != (weight.shape[0], a.shape[0]):
-        raise ValueError(
-            f"lora_a, lora_b: got {tuple(a.shape)} and {tuple(b.shape)}, expected (R, {weight.shape[1]}) "
-            f"and ({weight.shape[0]}, R)"
-        )
-
-
-def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
-    if tensor.device != device:
-        raise ValueError(f"{name}: got device {tensor.device}, expected x's device {device}")
-
-
-def _check_group(group: Tensor | None, leading: tuple[int, ...], device: torch.device) -> None:
-    if group is None:
-        return
-    if group.dtype != torch.int8:
-        raise TypeError(f"group: got {group.dtype}, expected torch.int8 (0 retain, 1 forget, -1 ignore)")
-    _check_device("group", group, device)
-    if not leading:
-        raise ValueError("group: got one for a single row, which has no axis for it; expected x with a batch axis")
-    if group.ndim < 1 or tuple(group.shape) != leading[: group.ndim]:
-        raise ValueError(f"group: got shape {tuple(group.shape)}, expected {leading} or ({leading[0]},)")
-
-
-def _check_target(name: str, target: Tensor | None, shape: tuple[int, ...], x: Tensor) -> None:
-    """A target that is of no other device than x and of no dtype wider than the sums, which would become as wide."""
-    if target is None:
-        return
-    _check_float(**{name: target})
-    sums = accumulation_dtype(x.dtype)
-    if torch.promote_types(target.dtype, sums) != sums:
-        raise TypeError(f"{name}: got {target.dtype} beside x in {x.dtype}, expected at most {sums}, as the sums are")
-    _check_device(name, target, x.device)
-    own = tuple(target.shape)
-    padded = (1,) * (len(shape) - len(own)) + own
-    if len(own) > len(shape) or any(a not in (1, b) for a, b in zip(padded, shape, strict=True)):
-        raise ValueError(f"{name}: got shape {tuple(target.shape)}, expected one that broadcasts against {shape}")

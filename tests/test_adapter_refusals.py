@@ -104,6 +104,21 @@ def test_pickles_are_not_read(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("low", [0x80, 0x50])
+def test_safetensors_whose_header_is_as_long_as_a_pickle_begins_are_read(low, tmp_path):
+    """The first byte of the file is the low byte of the header's length, a multiple of 8: 0x80 once in 32 files."""
+    folder = ours(tmp_path / "a")
+    tensors, before = load_file(folder / WEIGHTS), (folder / WEIGHTS).read_bytes()
+    for more in range(0, 4096, 8):
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", "padding": "x" * more})
+        if (folder / WEIGHTS).read_bytes()[0] == low:
+            break
+    assert (folder / WEIGHTS).read_bytes()[0] == low
+    assert before != (folder / WEIGHTS).read_bytes()
+    (folder / RECORD).unlink()  # it knows the file that was there
+    assert rfa_fast.load(net(), folder).layers
+
+
 @pytest.mark.parametrize("text", ["{", "[1]", '"text"', "\xff\xfe"], ids=["cut", "list", "string", "bytes"])
 @pytest.mark.parametrize("name", [CONFIG, RECORD])
 def test_configuration_that_is_no_json_object(name, text, tmp_path):

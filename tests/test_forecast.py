@@ -173,3 +173,13 @@ def test_bad_requests_are_refused() -> None:
 
     with pytest.raises(ValueError, match="whose result depends on values"):
         forecast_step(Choosing(), lambda model: lambda inputs, labels, forget: model(inputs), *batch)
+
+
+def test_teacher_mode_is_forecast_where_several_blocks_are_frozen():
+    """The frozen prefix hands its outputs on; the fake tensors of a forecast are handed on as they are."""
+    net = nn.Sequential(*[nn.Linear(8, 8) for _ in range(6)])
+    forget = torch.tensor([False, False, True, True])
+    found = forecast(net, torch.zeros(4, 8), torch.tensor([0, 1, 2, 3]), forget, mode="teacher").peak
+    weights = sum(parameter.numel() for parameter in net.parameters()) * 4
+    # Beside the weights three layers' adapters of 2 · 8 · 8 with gradient and Adam's two moments, and little more.
+    assert weights + 3 * 4 * 128 * 4 < found < weights + 3 * 4 * 128 * 4 + 4096

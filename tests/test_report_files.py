@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from rfa_fast.files import save_tensors
 from rfa_fast.report import RunReport, write_atomically
 
 
@@ -92,3 +94,13 @@ def test_paths_that_are_no_files(tmp_path: Path) -> None:
     write_atomically(tmp_path / "link", "through")
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "file").read_text() == "through"
+
+
+def test_tensors_may_be_read_by_whom_the_umask_lets_read(tmp_path: Path) -> None:
+    """As every other file; a cache of trained models is for all users of its folder."""
+    before = os.umask(0o022)
+    try:
+        saved = save_tensors({"a": torch.ones(2)}, tmp_path / "a.safetensors")
+        assert saved.stat().st_mode & 0o777 == 0o644
+    finally:
+        os.umask(before)
