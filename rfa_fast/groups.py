@@ -266,7 +266,7 @@ class GroupContext:
         Args:
             name: the layer, for messages and for per-layer `rows`.
             shape: leading axes of the input, `(B,)` for a convolution.
-            ambiguous: a module around the layer declares `batch_first=False`.
+            ambiguous: a module around the layer, or beside it, declares `batch_first=False`.
 
         Raises:
             ValueError: the shape fits no reading, or two, and `rows` does not settle it.

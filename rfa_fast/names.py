@@ -33,6 +33,16 @@ def canonical_names(model: nn.Module) -> dict[str, str]:
     return plain
 
 
+def is_a(value: object, class_name: str) -> bool:
+    """Whether a class of that name is among the bases; asked by name, it needs no import of what may be absent.
+
+    Example:
+        >>> is_a(nn.Linear(1, 1), "Module"), is_a(nn.Linear(1, 1), "DTensor")
+        (True, False)
+    """
+    return any(c.__name__ == class_name for c in type(value).__mro__)
+
+
 def hidden_child(module: nn.Module) -> str | None:
     """The child that a wrapper hides the model in, or `None` when the module is no wrapper.
 

@@ -39,7 +39,7 @@ from rfa_fast.ops import backends
 from rfa_fast.padding import Inputs
 from rfa_fast.prefix import Prefix
 from rfa_fast.ranks import fit_ranks
-from rfa_fast.swap import adapt, restore
+from rfa_fast.swap import adapt, check_not_sharded, check_patchable, check_restorable, check_trainable, restore
 from rfa_fast.targets import Plan, Targets
 from rfa_fast.teacher import Teacher, record_teacher
 from rfa_fast.training_state import read_state, trained_parameters, write_state
@@ -63,8 +63,8 @@ def patch(model: nn.Module, targets: Targets = "deep", **options: Any) -> RFA:
         The handle: losses, report, merge and restore.
 
     Raises:
-        ValueError: no layer matched, a listed layer cannot be adapted, the model is patched already, or
-            an option is out of range. Nothing has been changed then.
+        ValueError: no layer matched, a listed layer cannot be adapted, the model is patched already, sharded or
+            wrapped for several processes, or an option is out of range. Nothing has been changed then.
         TypeError: quantised, integer or meta weights, or an option of the wrong type.
 
     Example:
@@ -82,14 +82,10 @@ def patch(model: nn.Module, targets: Targets = "deep", **options: Any) -> RFA:
     if unknown:
         known = ", ".join(RFAConfig.__dataclass_fields__)
         raise TypeError(f"patch: got unknown options {', '.join(unknown)}, expected some of {known}")
-    patched = [name for name, module in model.named_modules() if isinstance(module, RFALayer)]
-    if patched:
-        raise ValueError(
-            f"model: got one that is already patched ({patched[0]} and {len(patched) - 1} more), "
-            "expected an unpatched one; call merge() or remove() on its handle first"
-        )
+    check_patchable(model)
     config = RFAConfig(**options)
     plan = targets_module.select(model, targets)
+    check_not_sharded(model, {t.name: model.get_submodule(t.name) for t in plan.adapted}, "patch first, then shard")
     config = fit_ranks(model, plan, config)
     head = targets_module.output_embeddings(model) if config.vocabulary_skip else None
     if head is not None and any(model.get_submodule(target.name) is head for target in plan.adapted):
@@ -132,7 +128,7 @@ class RFA:
                 )  # fmt: skip
         except BaseException:
             self.layers = {n: m for n, m in modules.items() if isinstance(m, RFALayer)}
-            self.remove()
+            self._restore(keep_untied=False)
             raise
         self._undo.forbid_in_place()
         self._prefix = Prefix(model, plan.blocks, self.names)
@@ -322,6 +318,7 @@ class RFA:
 
         Raises:
             FloatingPointError: an adapter holds NaN or infinity; nothing has been changed then.
+            ValueError: a layer is sharded, pruned or parametrized by now; nothing has been changed then either.
 
         Example:
             >>> net = nn.Sequential(nn.Linear(4, 3))
@@ -331,6 +328,7 @@ class RFA:
         self._check_live()
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise TypeError(f"dtype: got {dtype}, expected a floating-point dtype")
+        check_restorable(self.model, self.layers)
         lost = fold_into_weights(self.layers, dtype)
         self._restore(keep_untied=True)
         if dtype is not None:
@@ -339,7 +337,7 @@ class RFA:
         return lost
 
     def remove(self) -> None:
-        """Take the adapters off again: weights, classes, `requires_grad` and train flags as before `patch`.
+        """Take the adapters off: weights, classes, `requires_grad`, train flags as before; errors as :meth:`merge`.
 
         Example:
             >>> net = nn.Sequential(nn.Linear(4, 3))
@@ -348,6 +346,7 @@ class RFA:
             ('Linear', True)
         """
         self._check_live()
+        check_restorable(self.model, self.layers)
         self._restore(keep_untied=False)
 
     def report(self) -> Report:
@@ -379,6 +378,7 @@ class RFA:
         self._check_live()
         if not self._context.enabled:
             raise ValueError("RFA: got a loss inside disabled(), where there are no adapters; leave that context first")
+        check_trainable(self.layers.values())
 
     def _restore(self, *, keep_untied: bool) -> None:
         for layer in self.layers.values():

@@ -13,9 +13,9 @@ from rfa_fast.targets import Plan
 def fit_ranks(model: nn.Module, plan: Plan, config: RFAConfig) -> RFAConfig:
     """Check every rank against its layer.
 
-    A classification head that a placement took is often smaller than the rank (two classes, rank 8).
-    It gets the largest rank it can hold, at the same scale, which reaches every matrix the larger
-    rank could; anywhere else a rank that does not fit is an error.
+    Of the layers that a placement takes some are smaller than the rank (a head of two classes, a squeeze of four
+    channels). They get the largest rank they can hold, at the same scale, which reaches every matrix the larger rank
+    could; for a layer that was named, and for a rank in `rank_pattern`, a rank that does not fit is an error.
 
     Args:
         model: the model, unpatched.
@@ -23,7 +23,7 @@ def fit_ranks(model: nn.Module, plan: Plan, config: RFAConfig) -> RFAConfig:
         config: the options; patterns must name adapted layers.
 
     Returns:
-        The options, with a rank and alpha of its own for a head that is smaller than the rank.
+        The options, with a rank and alpha of its own for each placed layer that is smaller than the rank.
 
     Raises:
         ValueError: a rank above `min(outputs, inputs)` of its layer (per group of a grouped
@@ -46,7 +46,7 @@ def fit_ranks(model: nn.Module, plan: Plan, config: RFAConfig) -> RFAConfig:
         rank = config.rank_of(target.name)
         if rank <= largest:
             continue
-        if not target.is_head or target.name in config.rank_pattern:
+        if not target.is_placed or target.name in config.rank_pattern:
             raise ValueError(
                 f"rank: got {rank}, expected at most {largest} for layer {target.name!r} with weight "
                 f"{tuple(weight.shape)}; lower rank, or give this layer its own in rank_pattern"

@@ -16,7 +16,7 @@ from typing import Literal
 
 from torch import nn
 
-from rfa_fast.names import unwrapped
+from rfa_fast.names import is_a, unwrapped
 
 Kind = Literal["linear", "conv2d", "conv1d"]
 Targets = str | Sequence[str] | Callable[[str, nn.Module], bool]
@@ -30,12 +30,19 @@ _QUANTISED = re.compile(r"quantized|bitsandbytes|auto_gptq|awq|hqq|torchao")
 
 @dataclass(frozen=True)
 class Target:
-    """A layer to adapt. `tied_to` names the module that shares its weight, when asking for it unties."""
+    """A layer to adapt.
+
+    Attributes:
+        is_head: the model's classification head, however it was asked for.
+        tied_to: the module that shares its weight, when asking for it unties.
+        is_placed: a placement took it; nobody named it.
+    """
 
     name: str
     kind: Kind
     is_head: bool = False
     tied_to: str | None = None
+    is_placed: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,12 +109,17 @@ def select(model: nn.Module, targets: Targets) -> Plan:
         raise ValueError(f"model: got {type(model).__name__}, expected one with Linear, Conv2d or Conv1D layers")
     obstacles = _Obstacles(model)
     blocks = repeated_blocks(model)
-    if isinstance(targets, str) and targets in PLACEMENTS:
-        chosen, reasons, head = _by_placement(model, layers, blocks, targets, obstacles)
+    where = {
+        name: next((i for i, b in enumerate(blocks) if name == b or name.startswith(f"{b}.")), None) for name in layers
+    }
+    head = _classification_head(layers, where, blocks, obstacles)
+    placed = isinstance(targets, str) and targets in PLACEMENTS
+    if isinstance(targets, str) and placed:
+        chosen, reasons = _by_placement(model, layers, blocks, targets, obstacles, where, head)
         listed: set[str] = set()
     else:
         chosen, listed = _by_user(layers, targets)
-        reasons, head = {name: "not matched by targets" for name in layers if name not in chosen}, None
+        reasons = {name: "not matched by targets" for name in layers if name not in chosen}
     adapted: list[Target] = []
     for name in chosen:
         module = layers[name]
@@ -122,7 +134,8 @@ def select(model: nn.Module, targets: Targets) -> Plan:
         _check_weight(name, module)
         kind = kind_of(module)
         if kind is not None:
-            adapted.append(Target(name, kind, is_head=name == head, tied_to=obstacles.tied_head(name)))
+            tied = obstacles.tied_head(name)
+            adapted.append(Target(name, kind, is_head=name == head, tied_to=tied, is_placed=placed))
     if not adapted:
         asked_first = sorted(reasons, key=lambda n: n not in chosen)
         why = "; ".join(f"{n}: {reasons[n]}" for n in asked_first[:5])
@@ -155,14 +168,24 @@ def repeated_blocks(model: nn.Module) -> list[str]:
                     members.setdefault(type(child), []).append(f"{parent_name}.{child_name}".lstrip("."))
     repeated = {name for names in members.values() if len(names) > 1 for name in names}
     if not repeated:
-        return [name for name, module in model.named_modules() if name and _looks_adaptable(module)]
+        return [
+            name
+            for name, module in model.named_modules()
+            if name and _looks_adaptable(module) and not _in_other_adapter(model, name)
+        ]
     order = [name for name, _ in model.named_modules() if name in repeated]
     return [name for name in order if not any(name.startswith(f"{other}.") for other in repeated if other != name)]
 
 
 def _by_placement(
-    model: nn.Module, layers: dict[str, nn.Module], blocks: list[str], placement: str, obstacles: _Obstacles
-) -> tuple[list[str], dict[str, str], str | None]:
+    model: nn.Module,
+    layers: dict[str, nn.Module],
+    blocks: list[str],
+    placement: str,
+    obstacles: _Obstacles,
+    where: dict[str, int | None],
+    head: str | None,
+) -> tuple[list[str], dict[str, str]]:
     """The paper's placement: block convolutions and feed-forward linears, and the classification head."""
     n = len(blocks)
     half = max(1, n // 2)
@@ -172,10 +195,6 @@ def _by_placement(
         "shallow": range(half),
         "middle": range(n // 4, n // 4 + half),
     }[placement]
-    where = {
-        name: next((i for i, b in enumerate(blocks) if name == b or name.startswith(f"{b}.")), None) for name in layers
-    }
-    head = _classification_head(layers, where, blocks, obstacles)
     chosen: list[str] = []
     reasons: dict[str, str] = {}
     for name, module in layers.items():
@@ -201,7 +220,7 @@ def _by_placement(
             reasons[name] = "attention projection: the paper adapts the feed-forward layers"
         else:
             chosen.append(name)
-    return chosen, reasons, head
+    return chosen, reasons
 
 
 def _by_user(layers: dict[str, nn.Module], targets: Targets) -> tuple[list[str], set[str]]:
@@ -236,6 +255,7 @@ class _Obstacles:
     """Why a layer of this model could not be adapted, computed from one walk over the modules."""
 
     def __init__(self, model: nn.Module) -> None:
+        self.model = model
         self.modules = dict(model.named_modules(remove_duplicate=False))
         self.names_of: dict[int, list[str]] = {}
         self.owners_of: dict[int, list[str]] = {}
@@ -259,6 +279,8 @@ class _Obstacles:
 
     def of(self, name: str, module: nn.Module) -> str | None:
         """The reason, or `None` when nothing is in the way."""
+        if _in_other_adapter(self.model, name):
+            return "another library's adapter: adapt the layer it belongs to, its base_layer"
         parent = self.modules[name.rpartition(".")[0]]
         base = {"linear": nn.Linear, "conv2d": nn.Conv2d}.get(kind_of(module) or "")
         if isinstance(parent, nn.MultiheadAttention):
@@ -294,10 +316,17 @@ def output_embeddings(model: nn.Module) -> nn.Module | None:
 
 
 def sequence_first(model: nn.Module, name: str) -> bool:
-    """Whether a module around the layer declares `batch_first=False`, so that axis 0 may be the sequence."""
+    """Whether axis 0 of the layer's input may be the sequence.
+
+    It may when a module around the layer declares `batch_first=False`, or holds an attention or recurrent layer that
+    does: torch's transformer layers, and most models around an `nn.LSTM`, say nothing themselves.
+    """
     parts = name.split(".")
-    ancestors = (".".join(parts[:i]) for i in range(len(parts)))
-    return any(getattr(model.get_submodule(a), "batch_first", None) is False for a in ancestors)
+    for ancestor in (model.get_submodule(".".join(parts[:i])) for i in range(len(parts))):
+        speakers = [m for m in ancestor.children() if isinstance(m, nn.MultiheadAttention | nn.RNNBase)]
+        if any(getattr(m, "batch_first", None) is False for m in (ancestor, *speakers)):
+            return True
+    return False
 
 
 def _classification_head(
@@ -314,9 +343,18 @@ def _classification_head(
         name
         for i, name in enumerate(order)
         if i > last_block and kind_of(layers[name]) == "linear" and not _POOLER.search(name)
-        and not obstacles.is_lm_head(name)
+        and not obstacles.is_lm_head(name) and not _in_other_adapter(obstacles.model, name)
     ]  # fmt: skip
     return behind[-1] if behind else None
+
+
+def _in_other_adapter(model: nn.Module, name: str) -> bool:
+    """Whether the layer belongs to a PEFT adapter rather than to the layer that PEFT wrapped, its `base_layer`."""
+    parts = name.split(".")
+    return any(
+        part != "base_layer" and is_a(model.get_submodule(".".join(parts[:i])), "BaseTunerLayer")
+        for i, part in enumerate(parts)
+    )
 
 
 def _in_attention(model: nn.Module, name: str) -> bool:

@@ -24,7 +24,13 @@ class Undo:
 
     def __init__(self, model: nn.Module) -> None:
         self._config: object = getattr(unwrapped(model), "config", None)
-        self._requires_grad = [(p, p.requires_grad) for p in model.parameters()]
+        # By place: load_state_dict(assign=True) puts other parameters there. By object where the place is empty.
+        self._requires_grad = [
+            (module, key, parameter, parameter.requires_grad)
+            for module in model.modules()
+            for key, parameter in module._parameters.items()
+            if parameter is not None
+        ]
         self._training = [(m, m.training) for m in model.modules()]
         # The operators keep a layer's output for the backward: an activation must not overwrite it.
         self._in_place = [m for m in model.modules() if getattr(m, "inplace", False) is True]
@@ -51,7 +57,6 @@ class Undo:
         )
         own = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
         self._untied.append((head, weight))
-        self._requires_grad.append((own, weight.requires_grad))
         head._parameters["weight"] = own
         if hasattr(self._config, "tie_word_embeddings"):
             self._tie_flag = bool(self._config.tie_word_embeddings)
@@ -64,8 +69,9 @@ class Undo:
                 head._parameters["weight"] = weight
             if self._tie_flag is not None and hasattr(self._config, "tie_word_embeddings"):
                 self._config.tie_word_embeddings = self._tie_flag
-        for parameter, flag in self._requires_grad:
-            parameter.requires_grad_(flag)
+        for module, key, parameter, flag in self._requires_grad:
+            now = module._parameters.get(key)
+            (parameter if now is None else now).requires_grad_(flag)
         for module, training in self._training:
             module.training = training
         self._set_in_place(True)

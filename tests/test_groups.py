@@ -182,3 +182,33 @@ def test_before_there_is_a_mean_the_forget_terms_are_zero_and_that_is_said_once(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         rfa.loss(torch.randn(2, 4), torch.tensor([0, 1]), flags(1, 1))
+
+
+class Recurrent(nn.Module):
+    """Sequence first by torch's default, which the LSTM says and the model does not."""
+
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.fc, self.head = nn.LSTM(8, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.head(self.fc(self.rnn(x)[0]).mean(0))
+
+
+class Decoded(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.decoder, self.head = nn.TransformerDecoder(nn.TransformerDecoderLayer(8, 2, 16), 2), nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.head(self.decoder(x, x).mean(0))
+
+
+@pytest.mark.parametrize(("kind", "layer"), [(Recurrent, "fc"), (Decoded, "decoder.layers.1.linear1")])
+def test_a_square_input_beside_a_sequence_first_layer_is_an_error_until_rows_says(kind, layer):
+    x, labels, forget = torch.randn(6, 6, 8), torch.tensor([0, 1, 0, 1, 0, 1]), flags(0, 1, 0, 1, 0, 1)
+    rfa = rfa_fast.patch(kind(), [layer], rank=2)
+    with pytest.raises(ValueError, match=f"layer '{layer}'.*fits batch and sequence_first, expected exactly one"):
+        rfa.loss(x, labels, forget)
+    rfa.remove()
+    rfa_fast.patch(kind(), [layer], rank=2, rows="sequence_first").loss(x, labels, forget).total.backward()

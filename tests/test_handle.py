@@ -210,6 +210,28 @@ def test_distributed_wrapper(net: nn.Module, images: Tensor, mode: str) -> None:
         torch.testing.assert_close(parameter.grad, want)
 
 
+@pytest.mark.parametrize("inside", [False, True], ids=["model", "submodule"])
+def test_a_distributed_model_of_several_processes_is_refused(net: nn.Module, inside: bool) -> None:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(net)
+        rfa_fast.patch(wrapped, ["head"], rank=2).remove()  # alone there is nothing to average
+
+        class Two:
+            def size(self) -> int:
+                return 2
+
+        wrapped.process_group = Two()
+        with pytest.raises(
+            ValueError, match=r"model: got a Distr.* of 2 processes.*inner model.*rfa\.groups\(\.\.\.\)"
+        ):
+            rfa_fast.patch(nn.Sequential(wrapped) if inside else wrapped, ["head"], rank=2)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert type(net.head) is nn.Linear
+    assert all(p.requires_grad for p in net.parameters())
+
+
 @pytest.mark.parametrize("adapter", ["lora", "pissa", "dora"])
 def test_bf16_base_computes_the_change(adapter: str) -> None:
     """Adapters are fp32 beside bf16 weights; Δ must be as good as bf16 allows, also when it is small.
@@ -435,3 +457,18 @@ def test_a_patched_model_with_a_layer_of_ones_own_is_copied_and_saved_whole() ->
     assert type(make(*arguments)).__name__ == "RFALoud"
     rfa.remove()
     assert [type(layer) for layer in net] == [nn.Linear, Loud]
+
+
+def test_adapters_that_somebody_froze_are_not_trained_in_silence() -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
+    rfa = rfa_fast.patch(net, "all", rank=2)
+    batch = torch.ones(2, 4), torch.tensor([0, 1]), torch.tensor([False, True])
+    for parameter in net.parameters():
+        parameter.requires_grad_(False)
+    with pytest.raises(ValueError, match="got none that requires a gradient.*belongs before patch"):
+        rfa.loss(*batch)
+    with torch.no_grad():
+        rfa.loss(*batch)  # measured only
+    for parameter in rfa.parameters():
+        parameter.requires_grad_(True)
+    rfa.loss(*batch).total.backward()

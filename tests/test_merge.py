@@ -9,12 +9,15 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.utils import parametrizations, prune
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
@@ -340,3 +343,113 @@ def test_merge_inside_autocast_sums_in_fp32() -> None:
         return weight
 
     assert torch.equal(merged(True), merged(False))
+
+
+@pytest.fixture
+def one_process() -> Iterator[Any]:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        yield init_device_mesh("cpu", (1,))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("finish", ["merge", "remove"])
+@pytest.mark.parametrize("where", ["layer", "block", "root"])
+@pytest.mark.parametrize("after_a_forward", [False, True])
+def test_a_sharded_layer_is_refused(one_process: Any, where: str, after_a_forward: bool, finish: str) -> None:
+    net = nn.Sequential(nn.Sequential(nn.Linear(4, 5), nn.Tanh()), nn.Linear(5, 3))
+    rfa = rfa_fast.patch(net, ["0.0"], rank=2, seed=0)
+    scatter(rfa)
+    parts: dict[str, nn.Module] = {"layer": net[0][0], "block": net[0], "root": net}
+    fully_shard(parts[where], mesh=one_process, reshard_after_forward=False)
+    before = net(torch.ones(2, 4)).detach() if after_a_forward else None
+    with pytest.raises(
+        ValueError, match=r"layer '0\.0': got .*not sharded; save the adapters and merge them into a copy"
+    ):
+        getattr(rfa, finish)()
+    assert rfa.report() is not None  # still patched
+    if before is not None:
+        assert torch.equal(net(torch.ones(2, 4)), before)
+
+
+def test_a_shard_beside_the_adapted_layers_is_no_obstacle(one_process: Any) -> None:
+    net = nn.Sequential(nn.Sequential(nn.Linear(4, 5)), nn.Linear(5, 3))
+    rfa = rfa_fast.patch(net, ["1"], rank=2, seed=0)
+    scatter(rfa)
+    fully_shard(net[0], mesh=one_process)
+    patched = net(torch.ones(2, 4)).detach()
+    rfa.merge()
+    torch.testing.assert_close(net(torch.ones(2, 4)), patched)
+
+
+def test_patch_refuses_sharded_layers_by_name(one_process: Any) -> None:
+    net = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3))
+    fully_shard(net, mesh=one_process)
+    classes = [type(module) for module in net.modules()]
+    with pytest.raises(ValueError, match=r"layer '1': got a DTensor for its weight, .*; patch first, then shard"):
+        rfa_fast.patch(net, ["1"], rank=2)
+    assert [type(module) for module in net.modules()] == classes
+    assert all(p.requires_grad for p in net.parameters())
+
+
+def without_weight_norm(layer: nn.Module) -> None:
+    nn.utils.parametrize.remove_parametrizations(layer, "weight")
+    frozen = layer._buffers.pop("weight")  # what torch makes of a weight that is not trained
+    assert frozen is not None
+    layer.weight = nn.Parameter(frozen, requires_grad=False)
+
+
+CHANGES: dict[str, tuple[Callable[[nn.Module], object], Callable[[nn.Module], object]]] = {
+    "pruned": (
+        lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+        lambda layer: prune.remove(layer, "weight"),
+    ),
+    "parametrized": (
+        parametrizations.weight_norm,
+        without_weight_norm,
+    ),
+    "parametrized-bias": (
+        lambda layer: nn.utils.parametrize.register_parametrization(layer, "bias", nn.Identity()),
+        lambda layer: nn.utils.parametrize.remove_parametrizations(layer, "bias"),
+    ),
+}
+
+
+@pytest.mark.parametrize("finish", ["merge", "remove"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_layer_that_is_pruned_or_parametrized_after_patch_is_refused(change: str, finish: str) -> None:
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), torch.randn(2, 4)
+    rfa = rfa_fast.patch(net, ["0", "2"], rank=2, seed=0)
+    scatter(rfa)
+    put_on, take_off = CHANGES[change]
+    put_on(net[2])
+    changed = net(x).detach()
+    with pytest.raises(ValueError, match=r"layer '2': got .*take the parametrization or pruning off it first"):
+        getattr(rfa, finish)()
+    assert torch.equal(net(x), changed)
+    take_off(net[2])
+    torch.testing.assert_close(net(x), changed)
+    getattr(rfa, finish)()
+    assert [type(module) for module in net] == [nn.Linear, nn.Tanh, nn.Linear]
+    if finish == "merge":
+        torch.testing.assert_close(net(x), changed)
+
+
+@pytest.mark.parametrize("finish", ["merge", "remove"])
+def test_requires_grad_comes_back_to_parameters_that_were_assigned(finish: str) -> None:
+    net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    net[2].bias.requires_grad_(False)
+    rfa = rfa_fast.patch(net, ["0"], rank=2)
+    net.load_state_dict({key: value.clone() for key, value in net.state_dict().items()}, assign=True)
+    getattr(rfa, finish)()
+    assert [name for name, p in net.named_parameters() if p.requires_grad] == ["0.weight", "0.bias", "2.weight"]
+
+
+def test_requires_grad_comes_back_to_a_layer_pruned_meanwhile() -> None:
+    net = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3))
+    rfa = rfa_fast.patch(net, ["0"], rank=2)
+    prune.l1_unstructured(net[1], "weight", 0.5)
+    rfa.merge()
+    assert all(p.requires_grad for p in net.parameters())

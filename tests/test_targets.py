@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 
+import peft
 import pytest
 import torch
 import torchvision
@@ -26,6 +27,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+import rfa_fast
 from rfa_fast.targets import kind_of, output_embeddings, repeated_blocks, select, sequence_first
 
 
@@ -191,7 +193,12 @@ def test_kinds() -> None:
 def test_sequence_first_is_what_a_module_around_declares() -> None:
     decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(4, 2, 8), 1)
     assert sequence_first(decoder, "layers.0.self_attn.out_proj")
-    assert not sequence_first(decoder, "layers.0.linear1")
+    assert sequence_first(decoder, "layers.0.linear1")
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), 1)
+    assert not sequence_first(encoder, "layers.0.linear1")
+    for first in (False, True):
+        recurrent = nn.ModuleDict({"rnn": nn.LSTM(4, 4, batch_first=first), "fc": nn.Linear(4, 2)})
+        assert sequence_first(recurrent, "fc") is not first
     batched = nn.MultiheadAttention(4, 2, batch_first=True)
     assert not sequence_first(nn.Sequential(batched), "0.out_proj")
 
@@ -270,3 +277,32 @@ def test_shared_weights_are_found_under_any_name() -> None:
     table.project.weight = table.table.weight
     assert names(table, "all") == ["out"]
     assert "shared with table" in reasons(table, "all")["project"]
+
+
+def test_a_rank_is_fitted_to_what_a_placement_took() -> None:
+    """The squeeze of EfficientNet-B0's first block of stage 2 has 4 channels; rank 8 is the default."""
+    rfa = rfa_fast.patch(torchvision.models.efficientnet_b0(num_classes=5), "shallow")
+    assert rfa.config.rank_of("features.2.0.block.2.fc1") == 4
+    assert rfa.config.scale_of("features.2.0.block.2.fc1") == rfa.config.scale_of("features.2.0.block.0.0")
+    assert rfa.config.rank_of("features.2.0.block.0.0") == 8
+
+    def net() -> nn.Module:
+        return nn.Sequential(nn.Linear(16, 4), nn.ReLU(), nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 2))
+
+    assert rfa_fast.patch(net(), "deep").config.rank_of("4") == 2
+    with pytest.raises(ValueError, match="rank: got 8, expected at most 4 for layer '0'"):
+        rfa_fast.patch(net(), ["0"])
+    with pytest.raises(ValueError, match="rank: got 8, expected at most 2 for layer '4'"):
+        rfa_fast.patch(net(), "deep", rank_pattern={"4": 8})
+
+
+def test_the_layers_of_a_peft_adapter_are_left_alone() -> None:
+    config = peft.LoraConfig(r=2, target_modules=["up", "head.2"])
+    model = peft.get_peft_model(Model(2), config)
+    inner = "base_model.model."
+    expected = [f"{inner}blocks.{i}.{n}" for i in range(2) for n in ("up.base_layer", "down")]
+    assert names(model, "all") == [*expected, f"{inner}head.2.base_layer"]
+    assert select(model, "all").adapted[-1].is_head
+    assert "another library's adapter" in reasons(model, "all")[f"{inner}blocks.0.up.lora_A.default"]
+    with pytest.raises(ValueError, match=r"up\.lora_A\.default', which cannot be adapted: another library's adapter"):
+        select(model, ["lora_A.default"])
