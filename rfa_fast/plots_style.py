@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from rfa_fast.report_data import SUBSETS
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -33,7 +35,8 @@ COLOURS = {
 HEX = {name.removeprefix("--"): value for value, name in COLOURS.items()}
 WIDTH = 4.9  # inches; at 72 points each, near the width of a phone, where the text keeps its size
 HEIGHT = 2.7
-SUBSETS = "D_(rt|ft|r|f|t|v)"  # the subsets of a split, as the field writes them
+# A subset's name in a text; the group is what is set low.
+SUBSET = rf"\bD_({'|'.join(name.removeprefix('D_') for name in SUBSETS)})\b"
 _STYLE = {
     "svg.fonttype": "none",
     "text.usetex": False,
@@ -126,7 +129,7 @@ def _dress(text: str, salt: str) -> str:
 
 def _subscripts(text: str) -> str:
     """The text of a label, whose line goes on at its height behind a subscript."""
-    first, *rest = re.split(rf"\b{SUBSETS}\b", text)
+    first, *rest = re.split(SUBSET, text)
     low = '<tspan dy=".25em" font-size="72%">{}</tspan><tspan dy="-.18em">{}</tspan>'
     return first + "".join("D" + low.format(name, after) for name, after in zip(rest[::2], rest[1::2], strict=True))
 

@@ -19,7 +19,7 @@ _BETTER = ("closer to Retrain", "higher", "lower")
 _CONFIDENCE_DIGITS = 5
 _LOSS_DIGITS = 7
 _TOO_LONG = 1e7  # a figure from here on is written with an exponent
-_SUBSETS = {
+SUBSETS = {
     "D_r": "training samples that are kept",
     "D_f": "training samples to forget",
     "D_rt": "test samples of what is kept",
@@ -273,13 +273,13 @@ def standard_metric(key: str) -> Metric:
     subset, _, kind = key.partition("/")
     kept = subset in ("D_r", "D_rt", "D_t", "D_v")
     name = kind.replace("_", " ")
-    if subset in _SUBSETS and kind in ("", "accuracy", "token_accuracy"):
-        about = f"{name or 'accuracy'} on the {_SUBSETS[subset]}"
+    if subset in SUBSETS and kind in ("", "accuracy", "token_accuracy"):
+        about = f"{name or 'accuracy'} on the {SUBSETS[subset]}"
         better: Better = "higher" if kept else "closer to Retrain"
         return Metric(key, subset, "%", better, group=name.capitalize(), about=about)
-    if subset in _SUBSETS and kind == "perplexity":
+    if subset in SUBSETS and kind == "perplexity":
         better = "lower" if kept else "closer to Retrain"
-        return Metric(key, subset, "", better, group="Perplexity", about=f"perplexity on the {_SUBSETS[subset]}")
+        return Metric(key, subset, "", better, group="Perplexity", about=f"perplexity on the {SUBSETS[subset]}")
     return Metric(key, digits=3)
 
 

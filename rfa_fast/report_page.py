@@ -21,7 +21,7 @@ from markupsafe import Markup
 
 from rfa_fast.plots import Plot, draw_plots
 from rfa_fast.plots_chart import chart_plot
-from rfa_fast.plots_style import SUBSETS
+from rfa_fast.plots_style import SUBSET
 from rfa_fast.report_data import MethodRow, Metric, Scenario
 from rfa_fast.report_table import Cell, duration, reference_row, table_cells, unlearned_rows, verdict
 
@@ -95,7 +95,7 @@ def heading(label: str) -> Markup:
         >>> str(heading("D_rt")), str(heading("<b>"))
         ('<i>D</i><sub>rt</sub>', '&lt;b&gt;')
     """
-    parts = re.split(rf"\b{SUBSETS}\b", label)
+    parts = re.split(SUBSET, label)
     texts = [
         Markup("<i>D</i><sub>{}</sub>").format(part) if i % 2 else Markup.escape(part) for i, part in enumerate(parts)
     ]

@@ -124,6 +124,23 @@ def check_restorable(model: nn.Module, layers: Mapping[str, RFALayer]) -> None:
             )
 
 
+def check_trainable(layers: Iterable[RFALayer]) -> None:
+    """Raise unless an adapter can learn; where gradients are off, nothing is to be learnt.
+
+    Raises:
+        ValueError: no adapter requires a gradient.
+
+    Example:
+        >>> with torch.no_grad():
+        ...     check_trainable([])
+    """
+    if torch.is_grad_enabled() and not any(layer.lora_b.requires_grad for layer in layers):
+        raise ValueError(
+            "rfa.parameters(): got none that requires a gradient, expected adapters to train; what froze them (PEFT's "
+            "get_peft_model does) belongs before patch"
+        )
+
+
 def adapt(
     module: nn.Module, target: Target, config: RFAConfig, context: GroupContext, *, ambiguous: bool, plain_name: str
 ) -> RFALayer:
@@ -183,20 +200,3 @@ def _layer_seed(seed: int, name: str) -> int:
     for byte in name.encode():
         digest = (digest * 1_000_003 + byte) % (2**31)
     return (seed * 2_147_483_659 + digest) % (2**63 - 1)
-
-
-def check_trainable(layers: Iterable[RFALayer]) -> None:
-    """Raise unless an adapter can learn; where gradients are off, nothing is to be learnt.
-
-    Raises:
-        ValueError: no adapter requires a gradient.
-
-    Example:
-        >>> with torch.no_grad():
-        ...     check_trainable([])
-    """
-    if torch.is_grad_enabled() and not any(layer.lora_b.requires_grad for layer in layers):
-        raise ValueError(
-            "rfa.parameters(): got none that requires a gradient, expected adapters to train; what froze them (PEFT's "
-            "get_peft_model does) belongs before patch"
-        )

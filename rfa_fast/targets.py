@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,7 +33,7 @@ class Target:
     """A layer to adapt.
 
     Attributes:
-        is_head: the model's classification head, however it was asked for.
+        is_head: the model's classification head, which a placement took.
         tied_to: the module that shares its weight, when asking for it unties.
         is_placed: a placement took it; nobody named it.
     """
@@ -109,17 +109,13 @@ def select(model: nn.Module, targets: Targets) -> Plan:
         raise ValueError(f"model: got {type(model).__name__}, expected one with Linear, Conv2d or Conv1D layers")
     obstacles = _Obstacles(model)
     blocks = repeated_blocks(model)
-    where = {
-        name: next((i for i, b in enumerate(blocks) if name == b or name.startswith(f"{b}.")), None) for name in layers
-    }
-    head = _classification_head(layers, where, blocks, obstacles)
     placed = isinstance(targets, str) and targets in PLACEMENTS
     if isinstance(targets, str) and placed:
-        chosen, reasons = _by_placement(model, layers, blocks, targets, obstacles, where, head)
+        chosen, reasons, head = _by_placement(model, layers, blocks, targets, obstacles)
         listed: set[str] = set()
     else:
         chosen, listed = _by_user(layers, targets)
-        reasons = {name: "not matched by targets" for name in layers if name not in chosen}
+        reasons, head = {name: "not matched by targets" for name in layers if name not in chosen}, None
     adapted: list[Target] = []
     for name in chosen:
         module = layers[name]
@@ -168,24 +164,15 @@ def repeated_blocks(model: nn.Module) -> list[str]:
                     members.setdefault(type(child), []).append(f"{parent_name}.{child_name}".lstrip("."))
     repeated = {name for names in members.values() if len(names) > 1 for name in names}
     if not repeated:
-        return [
-            name
-            for name, module in model.named_modules()
-            if name and _looks_adaptable(module) and not _in_other_adapter(model, name)
-        ]
+        modules = dict(model.named_modules())
+        return [n for n, m in modules.items() if n and _looks_adaptable(m) and not _in_other_adapter(modules, n)]
     order = [name for name, _ in model.named_modules() if name in repeated]
     return [name for name in order if not any(name.startswith(f"{other}.") for other in repeated if other != name)]
 
 
 def _by_placement(
-    model: nn.Module,
-    layers: dict[str, nn.Module],
-    blocks: list[str],
-    placement: str,
-    obstacles: _Obstacles,
-    where: dict[str, int | None],
-    head: str | None,
-) -> tuple[list[str], dict[str, str]]:
+    model: nn.Module, layers: dict[str, nn.Module], blocks: list[str], placement: str, obstacles: _Obstacles
+) -> tuple[list[str], dict[str, str], str | None]:
     """The paper's placement: block convolutions and feed-forward linears, and the classification head."""
     n = len(blocks)
     half = max(1, n // 2)
@@ -195,6 +182,10 @@ def _by_placement(
         "shallow": range(half),
         "middle": range(n // 4, n // 4 + half),
     }[placement]
+    where = {
+        name: next((i for i, b in enumerate(blocks) if name == b or name.startswith(f"{b}.")), None) for name in layers
+    }
+    head = _classification_head(layers, where, blocks, obstacles)
     chosen: list[str] = []
     reasons: dict[str, str] = {}
     for name, module in layers.items():
@@ -220,7 +211,7 @@ def _by_placement(
             reasons[name] = "attention projection: the paper adapts the feed-forward layers"
         else:
             chosen.append(name)
-    return chosen, reasons
+    return chosen, reasons, head
 
 
 def _by_user(layers: dict[str, nn.Module], targets: Targets) -> tuple[list[str], set[str]]:
@@ -255,7 +246,6 @@ class _Obstacles:
     """Why a layer of this model could not be adapted, computed from one walk over the modules."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
         self.modules = dict(model.named_modules(remove_duplicate=False))
         self.names_of: dict[int, list[str]] = {}
         self.owners_of: dict[int, list[str]] = {}
@@ -279,7 +269,7 @@ class _Obstacles:
 
     def of(self, name: str, module: nn.Module) -> str | None:
         """The reason, or `None` when nothing is in the way."""
-        if _in_other_adapter(self.model, name):
+        if _in_other_adapter(self.modules, name):
             return "another library's adapter: adapt the layer it belongs to, its base_layer"
         parent = self.modules[name.rpartition(".")[0]]
         base = {"linear": nn.Linear, "conv2d": nn.Conv2d}.get(kind_of(module) or "")
@@ -343,16 +333,16 @@ def _classification_head(
         name
         for i, name in enumerate(order)
         if i > last_block and kind_of(layers[name]) == "linear" and not _POOLER.search(name)
-        and not obstacles.is_lm_head(name) and not _in_other_adapter(obstacles.model, name)
+        and not obstacles.is_lm_head(name) and not _in_other_adapter(obstacles.modules, name)
     ]  # fmt: skip
     return behind[-1] if behind else None
 
 
-def _in_other_adapter(model: nn.Module, name: str) -> bool:
+def _in_other_adapter(modules: Mapping[str, nn.Module], name: str) -> bool:
     """Whether the layer belongs to a PEFT adapter rather than to the layer that PEFT wrapped, its `base_layer`."""
     parts = name.split(".")
     return any(
-        part != "base_layer" and is_a(model.get_submodule(".".join(parts[:i])), "BaseTunerLayer")
+        part != "base_layer" and is_a(modules.get(".".join(parts[:i])), "BaseTunerLayer")
         for i, part in enumerate(parts)
     )
 

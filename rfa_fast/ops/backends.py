@@ -50,10 +50,7 @@ def select(backend: Backend, x: Tensor) -> tuple[str, str]:
     usable, why = _usable(kind), _why(kind)
     typed = x.dtype in FUSED_DTYPES
     if backend == "auto" and usable and _before_tensor_cores(kind):
-        return (
-            "torch",
-            f"automatic choice for a tensor on {kind}: Triton has tensor cores from compute capability 8.0 on.",
-        )
+        usable, why = False, "Triton has tensor cores from compute capability 8.0 on."
     if backend == "auto":
         if usable and typed:
             return "triton", f"automatic choice for a tensor on {kind}: {why}"

@@ -14,7 +14,7 @@ def missing(need: str, folder: Path | None = None) -> str | None:
     Args:
         need: `"data:NAME"` of :func:`rfa_fast.data.available`; `"model:NAME"`, a source of
             :mod:`rfa_fast.experiments.models`; `"weights:NAME"` of torchvision's published ones.
-        folder: of the data, in place of where they are looked for.
+        folder: of the data, in place of where they are looked for; it is taken as there.
 
     Raises:
         ValueError: another word.
@@ -25,7 +25,7 @@ def missing(need: str, folder: Path | None = None) -> str | None:
     """
     kind, _, name = need.partition(":")
     if kind == "data":
-        return _missing_data(name) if folder is None or not folder.exists() else None
+        return _missing_data(name) if folder is None else None
     if kind == "model":
         source = _source(name)
         return None if source.find() is not None else source.get
