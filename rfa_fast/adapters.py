@@ -24,6 +24,7 @@ from torch import nn
 from rfa_fast import targets
 from rfa_fast.adapter_files import CONFIG, RECORD, WEIGHTS, Saved, read_folder, write_folder
 from rfa_fast.base_weights import describe_weights, other_weights
+from rfa_fast.checks import warn_unsaved
 from rfa_fast.config import RFAConfig
 from rfa_fast.names import canonical_names, unwrapped
 from rfa_fast.peft_format import LORA, RFA_ONLY, Pair, peft_differs, peft_misroutes, write_settings
@@ -98,6 +99,7 @@ def save_adapter(rfa: RFA, directory: str | os.PathLike[str], *, overwrite: bool
         },
         "refused_by_peft": refused,
     }
+    warn_unsaved(rfa.model, rfa.parameters())
     write_folder(folder, config, pairs, record, overwrite=overwrite)
     return folder
 

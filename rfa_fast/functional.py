@@ -25,6 +25,7 @@ from rfa_fast.ops.arguments import (
     check_operands,
     check_target,
 )
+from rfa_fast.ops.gradients import trained
 
 Unit = Literal["row", "sample"]
 
@@ -85,7 +86,8 @@ def rfa_linear(
 
     Args:
         x: `(…, K)` floating point.
-        weight: frozen W `(N, K)`; never gets a gradient here.
+        weight: W `(N, K)`; one that is to get a gradient, or such a bias, takes plain torch in the place of a fused
+            backend.
         lora_a, lora_b: A `(R, K)` and B `(N, R)`, any floating dtype; cast to `x`'s for the products.
         bias: `(N,)` or `None`.
         scale: s.
@@ -144,8 +146,8 @@ def rfa_linear_and_mean(
         x, weight, lora_a, lora_b, bias, scale, group, norm, unit, backend: as :func:`rfa_linear`.
 
     Returns:
-        The layer's results, and the x̃ they are about, fp32 `(N,)`; `None` with the reference backend and
-        for a batch without rows, which take the target from the caller.
+        The layer's results, and the x̃ they are about, fp32 `(N,)`; `None` with the reference backend, for a
+        batch without rows and for a weight or a bias to train, which take the target from the caller.
 
     Raises:
         ValueError: shapes that do not fit, or a backend that is not there.
@@ -160,7 +162,7 @@ def rfa_linear_and_mean(
         tensor([0.5000, 0.5000, 0.0000])
     """
     chosen, _ = backends.select(backend, x)
-    if chosen == "reference" or x.numel() == 0:
+    if chosen == "reference" or x.numel() == 0 or trained(weight, bias):
         return None
     check_linear(x, weight, lora_a, lora_b, bias, group, fallback, None, norm, unit)
     output, residual, retain, forget, mean = backends.linear_and_mean(
@@ -195,7 +197,7 @@ def rfa_conv2d(
 
     Args:
         x: `(B, C, H, W)`, already padded if the padding mode is not zeros.
-        weight: frozen `(N, C/groups, kh, kw)`.
+        weight: `(N, C/groups, kh, kw)`; to train it, as in :func:`rfa_linear`.
         lora_a: A `(groups·R, C/groups, kh, kw)`.
         lora_b: B `(N, R, 1, 1)`.
         bias: `(N,)` or `None`.

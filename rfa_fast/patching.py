@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rfa_fast import checks
 from rfa_fast import targets as targets_module
 from rfa_fast.checkpointing import mark
 from rfa_fast.config import RFAConfig
@@ -39,7 +40,7 @@ from rfa_fast.ops import backends
 from rfa_fast.padding import Inputs
 from rfa_fast.prefix import Prefix
 from rfa_fast.ranks import fit_ranks
-from rfa_fast.swap import adapt, check_not_sharded, check_patchable, check_restorable, check_trainable, restore
+from rfa_fast.swap import adapt, restore
 from rfa_fast.targets import Plan, Targets
 from rfa_fast.teacher import Teacher, record_teacher
 from rfa_fast.training_state import read_state, trained_parameters, write_state
@@ -82,10 +83,10 @@ def patch(model: nn.Module, targets: Targets = "deep", **options: Any) -> RFA:
     if unknown:
         known = ", ".join(RFAConfig.__dataclass_fields__)
         raise TypeError(f"patch: got unknown options {', '.join(unknown)}, expected some of {known}")
-    check_patchable(model)
+    checks.patchable(model)
     config = RFAConfig(**options)
     plan = targets_module.select(model, targets)
-    check_not_sharded(model, {t.name: model.get_submodule(t.name) for t in plan.adapted}, "patch first, then shard")
+    checks.not_sharded(model, {t.name: model.get_submodule(t.name) for t in plan.adapted}, "patch first, then shard")
     config = fit_ranks(model, plan, config)
     head = targets_module.output_embeddings(model) if config.vocabulary_skip else None
     if head is not None and any(model.get_submodule(target.name) is head for target in plan.adapted):
@@ -204,6 +205,7 @@ class RFA:
             0.0
         """
         self._check_enabled()
+        checks.warn_unaveraged()
         batch = prepare(self.config, inputs, labels, forget, valid, self._device())
         inputs, labels, batch = self._teacher.retain_first(self._context, inputs, labels, batch)
         with self._one_batch(batch), self._prefix.shared(self._context):
@@ -328,7 +330,7 @@ class RFA:
         self._check_live()
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise TypeError(f"dtype: got {dtype}, expected a floating-point dtype")
-        check_restorable(self.model, self.layers)
+        checks.restorable(self.model, self.layers)
         lost = fold_into_weights(self.layers, dtype)
         self._restore(keep_untied=True)
         if dtype is not None:
@@ -346,7 +348,7 @@ class RFA:
             ('Linear', True)
         """
         self._check_live()
-        check_restorable(self.model, self.layers)
+        checks.restorable(self.model, self.layers)
         self._restore(keep_untied=False)
 
     def report(self) -> Report:
@@ -378,7 +380,7 @@ class RFA:
         self._check_live()
         if not self._context.enabled:
             raise ValueError("RFA: got a loss inside disabled(), where there are no adapters; leave that context first")
-        check_trainable(self.layers.values())
+        checks.trainable(self.layers.values())
 
     def _restore(self, *, keep_untied: bool) -> None:
         for layer in self.layers.values():

@@ -1,8 +1,8 @@
 """The frozen prefix: the repeated blocks before the first adapted one, whose output no adapter changes.
 
-It has nothing to train, so autograd keeps nothing of it. Teacher mode needs its output twice, once for the original
-model and once for the adapted one, and it is the same: the blocks run for the first and answer the second from what
-they returned. The same holds from one epoch to the next while the inputs stay as they are, which is what
+As long as it has nothing to train, autograd keeps nothing of it. Teacher mode needs its output twice, once for the
+original model and once for the adapted one, and it is the same: the blocks run for the first and answer the second
+from what they returned. The same holds from one epoch to the next while the inputs stay as they are, which is what
 :mod:`rfa_fast.prefix_cache` is for.
 
 Blocks are found by structure (:func:`rfa_fast.targets.repeated_blocks`). A block answers by a function put in front of
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NoReturn
 
@@ -25,6 +25,7 @@ from rfa_fast.forwards import in_front
 from rfa_fast.groups import GroupContext
 from rfa_fast.handed import Handed, given, send, version
 from rfa_fast.head import logits_of
+from rfa_fast.padding import Inputs
 
 
 class _Done(Exception):
@@ -60,6 +61,9 @@ class Prefix:
             names.append(block)
         self.names = tuple(names)
         self._blocks = [model.get_submodule(name) for name in names]
+        # By the order in which they are registered, all that runs up to the end of the prefix.
+        last = [at for at, name in enumerate(order) if names and f"{name}.".startswith(f"{names[-1]}.")]
+        self._until = list(model.named_modules())[: last[-1] + 1] if last else []
         self._adapted = [model.get_submodule(name) for name in adapted]
         self._functions: tuple[list[Any], list[Callable[..., Any]]] = [], []
         # Whether the original model's outputs do for the adapted one; `None`: no batch has shown it yet.
@@ -77,10 +81,11 @@ class Prefix:
         Entered before a compiled function is called, not inside it: inductor merges equal computations, but not
         attention's, and so nothing behind the first block. The functions are the same from one batch to the next,
         for that is what a compiled graph asks of a module's forward. Inference mode does not count what is written
-        into, and blocks compiled one by one take no handed tensors: both run the prefix twice.
+        into, blocks compiled one by one take no handed tensors, and what is trained in the prefix or before it wants a
+        gradient, which the original model's outputs do not pass on: these run the prefix twice.
         """
         idle = not self._blocks or context.config.mode != "teacher" or torch.is_inference_mode_enabled()
-        if idle or any(block._compiled_call_impl is not None for block in self._blocks):
+        if idle or self._trained() or any(block._compiled_call_impl is not None for block in self._blocks):
             yield
             return
         own = [block.__dict__.get("forward") for block in self._blocks]
@@ -94,10 +99,35 @@ class Prefix:
         finally:
             context.prefix_outputs = {}
 
+    def _trained(self) -> str | None:
+        """The first parameter in the prefix, or registered before its end, that is to get a gradient."""
+        for name, module in self._until:
+            for key, parameter in module._parameters.items():
+                if parameter is not None and parameter.requires_grad:
+                    return f"{name}.{key}" if name else key
+        return None
+
+    def check_frozen(self, inputs: Inputs) -> None:
+        """That a cache, which passes no gradient on, leaves nothing without one.
+
+        Raises:
+            ValueError: a parameter or an input that is to get a gradient through the prefix.
+        """
+        if (name := self._trained()) is not None:
+            raise ValueError(
+                f"cache_prefix: got {name!r} to train, which lies in front of the adapted layers, expected it frozen: "
+                "what it gives would be kept from before its update, without a gradient. Freeze it, or take the cache "
+                "off"
+            )
+        if asks_gradient(inputs):
+            raise ValueError(
+                "cache_prefix: got inputs with requires_grad, expected ones without: a cache passes no gradient on"
+            )
+
     def run(
         self,
         model: nn.Module,
-        inputs: Tensor | Mapping[str, Any],
+        inputs: Inputs,
         aside: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> Tensor:
         """The output of the prefix for a batch, `(B, …)`, without gradient; what comes after it does not run.
@@ -275,6 +305,16 @@ class _Kept:
         if isinstance(sent, Handed) and any(isinstance(tensor, Handed) for tensor in _tensors(self._output)):
             sent.read()
         return self._output
+
+
+def asks_gradient(inputs: Any) -> bool:
+    """Whether one of a model's inputs, however nested, is to get a gradient.
+
+    Example:
+        >>> asks_gradient({"inputs_embeds": torch.zeros(1, requires_grad=True)}), asks_gradient(torch.zeros(1))
+        (True, False)
+    """
+    return any(tensor.requires_grad for tensor in _tensors(inputs))
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:

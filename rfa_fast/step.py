@@ -21,6 +21,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from rfa_fast.checks import warn_unaveraged
 from rfa_fast.compiler import compiler_settings
 from rfa_fast.forwards import batch_statistics
 from rfa_fast.groups import Batch, WholeBatch
@@ -178,6 +179,7 @@ class Step:
         """
         rfa, context = self.rfa, self.rfa._context
         rfa._check_enabled()
+        warn_unaveraged()
         self._ask()
         device = rfa._device()
         batch = prepare(rfa.config, inputs, labels, forget, valid, device)
@@ -246,6 +248,7 @@ class Step:
         """What the prefix returns for a batch, from the cache or from a run of its own; `None` without a cache."""
         if self.cache is None:
             return None
+        self.rfa._prefix.check_frozen(inputs)
         keys = sample_keys(inputs, size)
         output = self.cache.get(keys, self.rfa._device())
         if output is None:

@@ -6,7 +6,6 @@ list that refers to it. Restoring is giving the class back.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ from torch import nn
 from rfa_fast.config import RFAConfig
 from rfa_fast.groups import GroupContext
 from rfa_fast.modules import RFAConv1D, RFAConv2d, RFALayer, RFALinear
-from rfa_fast.names import is_a
 from rfa_fast.targets import Target
 
 _CLASSES: dict[str, type[RFALayer]] = {"linear": RFALinear, "conv2d": RFAConv2d, "conv1d": RFAConv1D}
@@ -48,97 +46,21 @@ def _kind(layer: RFALayer) -> str:
     return next(kind for kind, ours in _CLASSES.items() if isinstance(layer, ours))
 
 
-def _blank(kind: str, original: type[nn.Module]) -> nn.Module:
-    mixed = adapted_class(kind, original)
-    return mixed.__new__(mixed)
-
-
-def check_patchable(model: nn.Module) -> None:
-    """Refuse a model that is patched already, or whose processes would never average what `patch` adds.
-
-    Raises:
-        ValueError: saying which of the two, and what to do.
-
-    Example:
-        >>> check_patchable(nn.Linear(2, 2))
-    """
-    patched = [name for name, module in model.named_modules() if isinstance(module, RFALayer)]
-    if patched:
-        raise ValueError(
-            f"model: got one that is already patched ({patched[0]} and {len(patched) - 1} more), "
-            "expected an unpatched one; call merge() or remove() on its handle first"
-        )
-    for module in model.modules():
-        group: Any = getattr(module, "process_group", None) if is_a(module, "DistributedDataParallel") else None
-        if group is not None and group.size() > 1:
-            raise ValueError(
-                f"model: got a DistributedDataParallel model of {group.size()} processes, expected the model inside "
-                "it: adapters made after the wrapping are never averaged; patch the inner model, wrap it then, and run "
-                "the wrapped model's forward inside `with rfa.groups(...)`"
-            )
-
-
-def check_not_sharded(model: nn.Module, layers: Mapping[str, nn.Module], what_to_do: str) -> None:
-    """Refuse layers that FSDP2 or tensor parallelism holds in pieces: their weights are not where we would write.
-
-    Args:
-        layers: name -> layer, of `model`.
-        what_to_do: the end of the message.
-
-    Raises:
-        ValueError: a weight or an adapter is a DTensor, or a module around the layer is sharded by `fully_shard`.
-
-    Example:
-        >>> net = nn.Sequential(nn.Linear(2, 2))
-        >>> check_not_sharded(net, {"0": net[0]}, "patch first")
-    """
-    # Between a forward and the next gathering the weights of FSDP2 are plain tensors, and those are thrown away.
-    managed = {id(inner) for module in model.modules() if is_a(module, "FSDPModule") for inner in module.modules()}
-    for name, layer in layers.items():
-        pieces = [key for key, tensor in layer._parameters.items() if is_a(tensor, "DTensor")]
-        if pieces or id(layer) in managed:
-            found = f"a DTensor for its {pieces[0]}" if pieces else "one inside a module sharded by fully_shard"
-            raise ValueError(f"layer {name!r}: got {found}, expected a layer that is not sharded; {what_to_do}")
-
-
-def check_restorable(model: nn.Module, layers: Mapping[str, RFALayer]) -> None:
-    """Refuse to merge or remove where an adapted layer has become something else since `patch`.
-
-    Raises:
-        ValueError: a layer is sharded, its class has changed, or its weight or adapters are no plain parameters.
+def has_adapted_class(layer: RFALayer) -> bool:
+    """Whether a layer still is of the class that :func:`adapt` gave it.
 
     Example:
         >>> import rfa_fast
         >>> net = nn.Sequential(nn.Linear(2, 2))
-        >>> check_restorable(net, rfa_fast.patch(net, ["0"], rank=1).layers)
+        >>> has_adapted_class(rfa_fast.patch(net, ["0"], rank=1).layers["0"])
+        True
     """
-    check_not_sharded(model, layers, "save the adapters and merge them into a copy of the model that is not sharded")
-    for name, layer in layers.items():
-        lost = [key for key in ("weight", "lora_a", "lora_b") if layer._parameters.get(key) is None]
-        if lost or type(layer) is not adapted_class(_kind(layer), layer.rfa_original_class):
-            found = f"no parameter {lost[0]!r}" if lost else f"the class {type(layer).__name__}"
-            raise ValueError(
-                f"layer {name!r}: got {found}, expected the layer that patch made; "
-                "take the parametrization or pruning off it first, and make a weight that is a buffer then (torch does "
-                "that to frozen ones) an nn.Parameter again"
-            )
+    return type(layer) is adapted_class(_kind(layer), layer.rfa_original_class)
 
 
-def check_trainable(layers: Iterable[RFALayer]) -> None:
-    """Raise unless an adapter can learn; where gradients are off, nothing is to be learnt.
-
-    Raises:
-        ValueError: no adapter requires a gradient.
-
-    Example:
-        >>> with torch.no_grad():
-        ...     check_trainable([])
-    """
-    if torch.is_grad_enabled() and not any(layer.lora_b.requires_grad for layer in layers):
-        raise ValueError(
-            "rfa.parameters(): got none that requires a gradient, expected adapters to train; what froze them (PEFT's "
-            "get_peft_model does) belongs before patch"
-        )
+def _blank(kind: str, original: type[nn.Module]) -> nn.Module:
+    mixed = adapted_class(kind, original)
+    return mixed.__new__(mixed)
 
 
 def adapt(

@@ -23,6 +23,7 @@ from rfa_fast.head import standing_aside
 from rfa_fast.modules import RFALayer
 from rfa_fast.objective import RETAIN
 from rfa_fast.ops.retain_rows import original_output
+from rfa_fast.prefix import asks_gradient
 from rfa_fast.targets import sequence_first
 
 _TEXT = ("attention_mask", "input_ids", "inputs_embeds", "token_type_ids")
@@ -170,6 +171,8 @@ def record_teacher(
     try:
         with torch.no_grad(), nullcontext() if head is None else standing_aside(head):
             output = model(*args, **kwargs)
+            if context.prefix_outputs and asks_gradient((args, kwargs)):
+                context.prefix_outputs = {}  # none of them passes one on
             # What it holds of the prefix's outputs, the adapted model's holds as well, for somebody to read.
             if context.prefix_outputs and not torch.compiler.is_compiling():
                 context.original_output = output

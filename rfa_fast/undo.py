@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 
 from torch import nn
 
@@ -46,21 +47,37 @@ class Undo:
             object.__setattr__(module, "inplace", flag)
 
     def untie(self, head: nn.Module, target: Target) -> None:
-        """Give a tied head a weight of its own, say so, and correct the model's configuration."""
+        """Give a tied head a weight of its own, say so, and correct the model's configuration.
+
+        One flag of transformers stands for all the ties of a model. Where there are more (encoder and decoder share
+        their embeddings, a head its bias), it stays: what they share is saved once, and without it not found again.
+        """
         weight = head._parameters["weight"]
         if weight is None:
             raise TypeError(f"layer {target.name!r}: got no weight, expected a Parameter")
+        flagged = hasattr(self._config, "tie_word_embeddings")
+        ends = flagged and not self._shared_beside(head)
+        said = "the model's configuration says so from now on (tie_word_embeddings=False)"
+        if not ends:
+            said = "other ties of the model stay, and so does its configuration"
+            said += "; transformers 5 leaves the head as it is saved, one before that would tie it again" * flagged
         warnings.warn(
-            f"{target.name}: its weight is tied to {target.tied_to}; it gets a copy of its own, and the model's "
-            "configuration says so from now on (tie_word_embeddings=False)",
+            f"{target.name}: its weight is tied to {target.tied_to}; it gets a copy of its own, and {said}",
             stacklevel=4,
         )
         own = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
         self._untied.append((head, weight))
         head._parameters["weight"] = own
-        if hasattr(self._config, "tie_word_embeddings"):
-            self._tie_flag = bool(self._config.tie_word_embeddings)
-            self._config.tie_word_embeddings = False
+        if ends:
+            self._tie_flag = bool(self._config.tie_word_embeddings)  # type: ignore[attr-defined]
+            self._config.tie_word_embeddings = False  # type: ignore[attr-defined]
+
+    def _shared_beside(self, head: nn.Module) -> bool:
+        """Whether parameters have several places even without the head's weight."""
+        places = Counter(
+            id(parameter) for module, key, parameter, _ in self._requires_grad if (module, key) != (head, "weight")
+        )
+        return any(count > 1 for count in places.values())
 
     def restore(self, *, keep_untied: bool) -> None:
         """Put the flags back, and the tied weight unless it was merged into."""

@@ -10,6 +10,7 @@ import copy
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +19,14 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrizations, prune
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 from transformers.pytorch_utils import Conv1D
 
 import rfa_fast
@@ -292,6 +300,45 @@ def test_tied_head_is_untied_when_named(tied: GPT2LMHeadModel, finish: str) -> N
     assert tied.lm_head.weight.requires_grad
     tied.tie_weights()  # what from_pretrained calls; the configuration now says no
     assert tied.lm_head.weight is not tied.transformer.wte.weight
+
+
+SEQUENCES = {
+    "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "vocab_size": 40,
+}  # fmt: skip
+SEVERAL_TIES = {
+    "bart": (lambda: BartForConditionalGeneration(BartConfig(**SEQUENCES)), "lm_head"),
+    "bert": (
+        lambda: BertForMaskedLM(
+            BertConfig(
+                hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=40
+            )
+        ),
+        "cls.predictions.decoder",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SEVERAL_TIES)
+def test_a_model_with_more_ties_than_the_heads_is_found_again_as_it_was_saved(kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    build, head = SEVERAL_TIES[kind]
+    model = build().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_()
+    with pytest.warns(UserWarning, match=f"{head}: its weight is tied.*other ties of the model stay"):
+        rfa = rfa_fast.patch(model, [head], rank=2, seed=0)
+    scatter(rfa)
+    rfa.merge()
+    inputs = {"input_ids": torch.arange(12).reshape(2, 6) + 2}
+    if kind == "bart":
+        inputs["decoder_input_ids"] = torch.arange(8).reshape(2, 4) + 3
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(again(**inputs).logits, model(**inputs).logits)
 
 
 def test_merge_leaves_the_other_layers_alone() -> None:

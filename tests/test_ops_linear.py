@@ -127,9 +127,6 @@ def test_only_what_is_asked_for_is_computed():
         out = rfa_linear(x, weight, a, b, scale=1.0, group=group_of(20, "mixed"), backend="triton")
         torch.autograd.grad(out.forget_loss, [a, b])
     assert "linear_input_gradient_kernel" not in seen  # x needs no gradient
-    weight.requires_grad_()
-    rfa_linear(x, weight, a, b, scale=1.0, backend="triton").output.sum().backward()
-    assert weight.grad is None
 
 
 def test_a_loss_nobody_differentiates_and_a_plain_layer():
@@ -164,7 +161,7 @@ def test_a_second_derivative_is_refused_not_wrong():
     tensors = linear_case((20, 16, 24), 4, torch.float64)
     out = rfa_linear(**tensors, scale=0.5, group=group_of(20, "mixed"), backend="torch")
     (first,) = torch.autograd.grad(out.output.square().sum(), tensors["lora_b"], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="differentiated again; backend='reference' can"):
         first.sum().backward()
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from rfa_fast.config import Backend
 from rfa_fast.ops import conv2d_torch, linear_torch, plain
+from rfa_fast.ops.gradients import trained
 from rfa_fast.ops.linear_torch import LayerAndMean
 
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -96,7 +97,7 @@ def _before_tensor_cores(kind: str) -> bool:
 
 def linear(backend: str, x: Tensor, *arguments: Any) -> plain.LayerResult:
     """The layer of :func:`rfa_fast.functional.rfa_linear`; arguments as :func:`rfa_fast.ops.plain.linear`'s."""
-    if backend == "reference" or _empty(x, arguments):
+    if backend == "reference" or _empty(x, arguments) or own_gradient(arguments):
         return plain.linear(_in_torch(backend), x, *arguments)
     return linear_and_mean(backend, x, *arguments)[:4]
 
@@ -114,7 +115,7 @@ def conv2d(backend: str, x: Tensor, *arguments: Any) -> plain.LayerResult:
     """The layer of :func:`rfa_fast.functional.rfa_conv2d`; arguments as :func:`rfa_fast.ops.plain.conv2d`'s."""
     # Compiled, autograd's derivative is fused no worse than the one by hand.
     fused_elsewhere = backend == "torch" and torch.compiler.is_compiling()
-    if backend == "reference" or fused_elsewhere or _empty(x, arguments):
+    if backend == "reference" or fused_elsewhere or _empty(x, arguments) or own_gradient(arguments):
         return plain.conv2d(_in_torch(backend), x, *arguments)
     if backend == "torch":
         return conv2d_torch.conv2d(x, *arguments)
@@ -132,7 +133,7 @@ def head_loss(backend: str, hidden: Tensor, *arguments: Any, skip: float) -> pla
     if backend == "triton":
         return head.head_loss(hidden, *arguments, skip=skip)
     weight, labels, group, bias, lora_a, _, _, softcap, fallback, _, _, chunk_bytes = arguments
-    if lora_a is None and not head.trained((weight, bias)):
+    if lora_a is None and not trained(weight, bias):
         return head.frozen_head_loss(backend, hidden, weight, labels, group, bias, softcap, fallback, chunk_bytes, skip)
     return plain.head_loss(backend, hidden, *arguments)
 
@@ -140,6 +141,12 @@ def head_loss(backend: str, hidden: Tensor, *arguments: Any, skip: float) -> pla
 def _empty(x: Tensor, arguments: tuple[Any, ...]) -> bool:
     """Whether there are no rows, or no outputs; the weight is the first of the arguments."""
     return x.numel() == 0 or arguments[0].numel() == 0
+
+
+def own_gradient(arguments: tuple[Any, ...]) -> bool:
+    """Whether a layer's weight or bias, among the arguments after its input, is to get a gradient: by autograd."""
+    weight, _, _, bias = arguments[:4]
+    return trained(weight, bias)
 
 
 def _in_torch(backend: str) -> str:

@@ -32,6 +32,7 @@ from rfa_fast.ops.conv2d_torch import (
     residual_terms,
     sample_weights,
 )
+from rfa_fast.ops.gradients import differentiable_once
 from rfa_fast.ops.plain import LayerResult
 from rfa_fast.ops.registration import register
 
@@ -278,6 +279,7 @@ _BACKWARD = register(
 )
 
 
+@differentiable_once
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     return derivative(_BACKWARD, ctx, *grads)
 

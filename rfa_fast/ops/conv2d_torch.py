@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from rfa_fast.config import Norm
@@ -29,6 +28,7 @@ from rfa_fast.kernels.conv2d_geometry import (
     weight_gradient,
 )
 from rfa_fast.objective import FORGET, RETAIN, accumulation_dtype, group_mean
+from rfa_fast.ops.gradients import differentiable_once
 from rfa_fast.ops.plain import LayerResult, Pair
 from rfa_fast.ops.rows import autocast, picks, row_weights, without_autocast
 
@@ -116,7 +116,7 @@ def forward(
         mean = group_mean(frozen, group, (0,))[0][None].contiguous(memory_format=layout)
         goal = mean
     # x̃ first: without Δ to show, x' becomes y in place, and no third tensor of its size is made.
-    output = frozen + delta if emit_residual else frozen.add_(delta)
+    output = frozen + delta if emit_residual or torch.is_grad_enabled() else frozen.add_(delta)
     residual = delta if emit_residual else x.new_empty(0)
     hidden = as_rows(down)
     if group is None or goal is None:
@@ -223,15 +223,13 @@ def _added(grad: Tensor, each: Tensor, selected: Tensor, output: Tensor, goal: T
     return grad.index_put((rows,), moved.to(grad.dtype))
 
 
-def _compared(output: Tensor, group: Tensor | None, target_given: bool, kept: Tensor | None) -> Tensor:
+def _compared(output: Tensor, group: Tensor, target_given: bool, kept: Tensor | None) -> Tensor:
     """Of y what the backward compares: where samples are picked, a copy of those to forget.
 
     So y is the caller's alone: it is not kept for us, and may be added to in place.
     """
     if not picks(output) or kept is not None:
         return output
-    if group is None:
-        return output.new_empty((0, *output.shape[1:]))
     return output[(aimed_codes(group, target_given) == FORGET).nonzero().squeeze(1)]
 
 
@@ -326,7 +324,7 @@ class _Layer(torch.autograd.Function):
         return tuple(result)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         with without_autocast(ctx.kind):
             return derivative(backward, ctx, *grads)
@@ -377,6 +375,15 @@ def run(
     return out.output, residual, out.retain_loss, out.forget_loss
 
 
+def _operator(*arguments: Any) -> Any:
+    """The layer on images. Without a group autograd follows it, as often as a derivative is asked for."""
+    x, group = arguments[0], arguments[9]
+    if group is not None:
+        return _Layer.apply(*arguments)
+    with without_autocast(x.device.type):
+        return forward(*arguments)
+
+
 def conv2d(*arguments: Any) -> LayerResult:
     """The layer of :func:`rfa_fast.functional.rfa_conv2d` in torch; see :func:`run`."""
-    return run(_Layer.apply, *arguments)
+    return run(_operator, *arguments)

@@ -13,7 +13,6 @@ chunks are walked under checkpoint, once without gradient for ỹ and once for t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -24,9 +23,10 @@ from torch.utils.checkpoint import checkpoint
 
 from rfa_fast.config import Norm
 from rfa_fast.objective import IGNORE, RETAIN, group_mean
+from rfa_fast.ops.gradients import differentiable_once, trained
 from rfa_fast.ops.linear import linear
 from rfa_fast.ops.plain import HeadResult
-from rfa_fast.ops.registration import differentiable_once, register
+from rfa_fast.ops.registration import register
 from rfa_fast.ops.rows import autocast
 from rfa_fast.ops.task import HOST, LAUNCHERS, PROBABILITY_SUMS, TASK_SUMS, Rowwise, roles, row_weights
 
@@ -205,16 +205,6 @@ _HEAD_IN_TORCH = register(
 _HEAD_IN_TORCH.register_autograd(_backward, setup_context=_setup_context)
 
 
-def trained(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether a head has something to train, so that its backward needs the gradient of the logits.
-
-    Example:
-        >>> trained([torch.zeros(1), None])
-        False
-    """
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
 def frozen_head_loss(
     backend: str, hidden: Tensor, weight: Tensor, labels: Tensor, group: Tensor, bias: Tensor | None,
     softcap: float | None, fallback: Tensor | None, chunk_bytes: int, skip: float,
@@ -246,7 +236,7 @@ def head_loss(
     skip: float,
 ) -> HeadResult:
     """The loss of :func:`rfa_fast.functional.rfa_head_loss` on fused kernels; arguments are taken as checked."""
-    if lora_a is None and not trained((weight, bias)):
+    if lora_a is None and not trained(weight, bias):
         return frozen_head_loss("triton", hidden, weight, labels, group, bias, softcap, fallback, chunk_bytes, skip)
     fallback = None if fallback is None else fallback.detach()
     return _trained_head(

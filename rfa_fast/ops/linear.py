@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rfa_fast.objective import RETAIN
 from rfa_fast.ops import linear_torch
+from rfa_fast.ops.gradients import differentiable_once
 from rfa_fast.ops.linear_torch import (
     LayerAndMean,
     Linear,
@@ -191,6 +192,7 @@ _BACKWARD = register(
 )
 
 
+@differentiable_once
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     return derivative(_BACKWARD, ctx, *grads)
 

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from rfa_fast.config import Norm
 from rfa_fast.objective import FORGET, RETAIN, accumulation_dtype, group_mean
+from rfa_fast.ops.gradients import differentiable_once
 from rfa_fast.ops.retain_rows import places, retain_rows
 from rfa_fast.ops.rows import (
     autocast,
@@ -117,7 +117,12 @@ def forward(
     # x̃ first: without Δ to show, x' becomes y in place, and no second tensor of its size is made.
     found = group_mean(frozen, group, (0,)) if group is not None and target is None else None
     up = lora_b.to(x.dtype).mT
-    output = add_product(frozen, scale * hidden, up) if delta is None else frozen + delta
+    if delta is not None:
+        output = frozen + delta
+    elif torch.is_grad_enabled():  # autograd follows, and what it keeps is not to be written into
+        output = torch.addmm(frozen, scale * hidden, up)
+    else:
+        output = add_product(frozen, scale * hidden, up)
     none = torch.empty(0, dtype=accumulation_dtype(x.dtype), device=x.device)
     residual = x.new_empty(0) if delta is None else delta
     if group is None:
@@ -311,7 +316,7 @@ class _Layer(torch.autograd.Function):
         return tuple(result)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         with without_autocast(ctx.kind):
             return derivative(partial(backward, picked=ctx.picked), ctx, *grads)
@@ -373,6 +378,15 @@ def run(
     return out.output.reshape(shape), residual, out.retain_loss, out.forget_loss, mean
 
 
+def _operator(*arguments: Any) -> Any:
+    """The layer on rows. Without a group autograd follows it, as often as a derivative is asked for."""
+    x, group = arguments[0], arguments[5]
+    if group is not None:
+        return _Layer.apply(*arguments)
+    with without_autocast(x.device.type):
+        return forward(*arguments)
+
+
 def linear_and_mean(*arguments: Any, **named: Any) -> LayerAndMean:
     """The layer of :func:`rfa_fast.functional.rfa_linear` in torch; see :func:`run`."""
-    return run(_Layer.apply, *arguments, **named)
+    return run(_operator, *arguments, **named)

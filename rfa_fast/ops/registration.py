@@ -14,7 +14,6 @@ torch replaces an operator that is registered twice without a word, so this modu
 
 from __future__ import annotations
 
-import functools
 import inspect
 import typing
 from collections.abc import Callable
@@ -27,7 +26,6 @@ from rfa_fast.kernels.availability import interpreting
 from rfa_fast.ops.rows import without_autocast
 
 NAMESPACE = "rfa_fast"
-_TWICE = "rfa_fast: the gradient of a fused operator cannot be differentiated again; backend='reference' can"
 Implementation = Callable[..., Any]
 _PLAIN = {"Tensor": torch.Tensor, "float": float, "int": int, "bool": bool, "str": str}
 
@@ -82,42 +80,6 @@ def register(
         operator = torch.library.triton_op(f"{NAMESPACE}::{name}", traced, mutates_args=(), schema=schema)
     operator.register_fake(fake)
     return operator
-
-
-def differentiable_once(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
-    """A backward whose results raise where they are differentiated again, instead of passing for constants.
-
-    :func:`torch.autograd.function.once_differentiable` does so only where what comes in requires a gradient.
-
-    Args:
-        backward: from `ctx` and the gradients of the outputs to the gradients of the inputs, or `None` for each.
-
-    Example:
-        >>> class Square(torch.autograd.Function):
-        ...     @staticmethod
-        ...     def forward(ctx, x):
-        ...         ctx.save_for_backward(x)
-        ...         return x * x
-        ...     backward = staticmethod(differentiable_once(lambda ctx, grad: (2 * grad * ctx.saved_tensors[0],)))
-        >>> x = torch.tensor(3.0, requires_grad=True)
-        >>> (slope,) = torch.autograd.grad(Square.apply(x), x, create_graph=True)
-        >>> slope.backward()
-        Traceback (most recent call last):
-        ...
-        RuntimeError: rfa_fast: the gradient of a fused operator cannot be differentiated again; backend='reference' can
-    """
-
-    @functools.wraps(backward)
-    def once(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
-        with torch.no_grad():
-            found = backward(ctx, *grads)
-        if not torch.is_grad_enabled():
-            return found
-        error = torch._C._functions.DelayedError(_TWICE, len(found))
-        marked: Any = error(*[None if grad is None else grad.detach().requires_grad_() for grad in found])  # type: ignore[arg-type]
-        return marked if isinstance(marked, tuple) else (marked,)
-
-    return once
 
 
 def signature_of(schema: str) -> inspect.Signature:
