@@ -28,7 +28,7 @@ SWITCH = "RFA_FAST_AUTOTUNE"
 ROUTES = {
     "linear_forward": ("vendor", "single"),
     "linear_input_gradient": ("vendor",),
-    "conv2d_forward": ("vendor",),
+    "conv2d_forward": ("vendor", "split"),
     "conv2d_input_gradient": ("vendor",),
 }
 Timer = Callable[[Callable[[], Any]], float]
@@ -57,19 +57,22 @@ def tuning_file() -> Path:
     return Path(folder).expanduser() / "tuning.json"
 
 
-def contenders(kernel: str, device: torch.device, dtype: torch.dtype) -> tuple[Config, ...]:
-    """Every configuration worth timing: the table's, and the default one on each other route.
+def contenders(kernel: str, device: torch.device, dtype: torch.dtype, *widths: int) -> tuple[Config, ...]:
+    """Every configuration worth timing: the one that runs untuned, the table's, and the first on each other route.
+
+    Args:
+        widths: as of :func:`rfa_fast.kernels.tuning.choose`.
 
     Example:
         >>> [c.route for c in contenders("linear_input_gradient", torch.device("cpu"), torch.bfloat16)]
         ['fused', 'vendor']
     """
-    default = choose(kernel, device, dtype)
+    default = choose(kernel, device, dtype, *widths)
     table = candidates(kernel, target_of(device))
     if dtype.itemsize == 4:
         table = tuple(replace(c, block_k=c.block_k // 2) if c.block_k > 16 else c for c in table)
     routes = tuple(replace(default, route=route) for route in ROUTES.get(kernel, ()) if route != default.route)
-    return (*table, *routes)
+    return tuple(dict.fromkeys((default, *table, *routes)))
 
 
 def tuned(
@@ -112,7 +115,7 @@ def tuned(
     if key not in _known[file]:
         if (sample.device.type == "cpu" and timer is None) or not _has_data(sample):
             return default
-        times = _times(contenders(kernel, sample.device, sample.dtype), run, timer or _median)
+        times = _times(contenders(kernel, sample.device, sample.dtype, *widths), run, timer or _median)
         _known[file][key] = min(times, key=times.__getitem__)
         _write(file, key, _known[file][key])
     return _known[file][key]

@@ -27,7 +27,8 @@ class Config:
         stages: software pipelining depth of the inner loop.
         group_m: row blocks walked before the next column block.
         route: `"fused"`: the product in our kernel, h in one before it; `"single"`: h in the same one;
-            `"vendor"`: the vendor's product, and small kernels around it.
+            `"vendor"`: the vendor's product, and small kernels around it; `"split"`: of a convolution, h apart
+            from that.
     """
 
     block_m: int

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from kernel_cases import launches
 from rfa_fast.kernels import autotune, tuning
 from rfa_fast.kernels.tuning import FP32, GENERIC, TABLES, TARGETS, UNALIGNED, Config, candidates, choose, exact
 
-from rfa_fast.functional import rfa_linear
+from rfa_fast.functional import rfa_conv2d, rfa_linear
 
+CHANNELS = torch.channels_last
 SIZES = {"N": 64, "K": 32, "R": 8}
 
 
@@ -44,9 +46,33 @@ def test_the_fastest_of_all_routes_wins_and_is_measured_once(fresh):
     assert {config.route for config in timed} == {"fused", "vendor", "single"}
     again = autotune.tuned("linear_forward", torch.zeros(99, 32), SIZES, lambda config: config, timer=timer)
     assert again == first  # whatever the number of rows
-    assert len(timed) == 3
+    assert len(timed) == 4  # the table's at half the depth, which is what fp32 took before it had an entry
     (key,) = json.loads(fresh.read_text())
     assert key.endswith("/linear_forward/float32/N=64/K=32/R=8")
+
+
+def test_what_runs_untuned_is_among_what_is_timed():
+    cases = ((torch.float32, (64, 32)), (torch.bfloat16, (64, 32)), (torch.bfloat16, (63, 33)))
+    for kernel in TABLES:
+        for dtype, widths in cases:
+            listed = autotune.contenders(kernel, torch.device("cpu"), dtype, *widths)
+            assert listed[0] == choose(kernel, torch.device("cpu"), dtype, *widths)
+            assert len(set(listed)) == len(listed)
+            assert {config.route for config in listed} == {"fused", *autotune.ROUTES.get(kernel, ())}
+    unaligned = autotune.contenders("linear_gradient", torch.device("cpu"), torch.bfloat16, 63)
+    assert unaligned[0] == candidates("linear_gradient", GENERIC, aligned=False)[0]
+
+
+def test_convolutions_that_differ_in_more_than_their_sizes_are_measured_apart(fresh, monkeypatch):
+    """A stride, a dilation, groups or a memory format change what is fastest at the same N, C, pixels and rank."""
+    monkeypatch.setattr(autotune, "tuned", partial(autotune.tuned, timer=lambda call: 1.0))
+    for stride, size, layout in ((1, 4, torch.contiguous_format), (2, 8, torch.contiguous_format), (1, 4, CHANNELS)):
+        x = torch.randn(2, 16, size, size).to(memory_format=layout)
+        rfa_conv2d(
+            x, torch.randn(16, 16, 1, 1), torch.randn(2, 16, 1, 1), torch.randn(16, 2, 1, 1), scale=1.0, stride=stride,
+            backend="triton",
+        )  # fmt: skip
+    assert len(json.loads(fresh.read_text())) == 3
 
 
 def test_results_outlive_the_process_and_other_results_are_kept(fresh, monkeypatch):

@@ -185,7 +185,9 @@ def test_saving_names_what_is_trained_beside_the_adapters(tmp_path):
         warnings.simplefilter("error")
         rfa.save(tmp_path / "adapters-alone")
     model[0].up.bias.requires_grad_()
-    with pytest.warns(UserWarning, match=r"save: beside the adapters there is more that requires a gradient \(0\.up\.bias\)"):
+    with pytest.warns(
+        UserWarning, match=r"save: beside the adapters there is more that requires a gradient \(0\.up\.bias\)"
+    ):
         rfa.save(tmp_path / "one-more")
 
 

@@ -55,6 +55,17 @@ def implicit_pays(x: Tensor, weight: Tensor) -> bool:
     return channels_last(x) and weight.shape[1] >= 16 and outputs >= 16
 
 
+def _sizes(x: Tensor, weight: Tensor, where: Any, rank: int) -> dict[str, int]:
+    """What decides which configuration is fastest, besides the number of samples."""
+    from rfa_fast.kernels.conv2d_geometry import channels_last
+
+    return {
+        "N": weight.shape[0], "C": weight.shape[1], "taps": where.taps, "pixels": where.pixels, "R": rank,
+        "groups": where.groups, "stride": where.stride[0] * where.stride[1],
+        "dilation": where.dilation[0] * where.dilation[1], "channels_last": int(channels_last(x)),
+    }  # fmt: skip
+
+
 def _routed(config: Any, x: Tensor, weight: Tensor) -> Any:
     return config if config.route != "fused" or implicit_pays(x, weight) else replace(config, route="vendor")
 
@@ -123,7 +134,7 @@ def _forward_launchers(
             mean = flat.as_strided((1, *shape[1:]), (flat.shape[0], *output.stride()[1:]))
         return output, hidden if done.hidden is None else done.hidden, mean, done.retain_samples, forget
 
-    sizes = {"N": weight.shape[0], "C": weight.shape[1], "taps": where.taps, "pixels": where.pixels, "R": rank}
+    sizes = _sizes(x, weight, where, rank)
     output, hidden, mean, retain, forget = product(tuned("conv2d_forward", x, sizes, product))
     residual = x.new_empty(0)
     if emit_residual:
@@ -240,7 +251,7 @@ def _backward_launchers(
             grad_x = input_gradient(joint, weights, where).contiguous(memory_format=memory_format(x))
         return grad_x, up, grad_b
 
-    sizes = {"N": weight.shape[0], "C": weight.shape[1], "taps": where.taps, "pixels": where.pixels, "R": rank}
+    sizes = _sizes(x, weight, where, rank)
     config = (
         tuned("conv2d_input_gradient", x, sizes, product)
         if needs_x
