@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from rfa_fast.modules import RFALayer
-from rfa_fast.names import is_a
+from rfa_fast.names import is_a, some
 from rfa_fast.swap import has_adapted_class
 
 
@@ -133,9 +133,8 @@ def warn_unsaved(model: nn.Module, adapters: Iterable[nn.Parameter]) -> None:
     own = {id(parameter) for parameter in adapters}
     others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in own]
     if others:
-        listed = ", ".join(others[:3]) + (", …" if len(others) > 3 else "")
         warnings.warn(
-            f"save: beside the adapters there is more that requires a gradient ({listed}), and it is no part of an "
-            "adapter; save the model's state_dict() as well, or freeze what was not trained",
+            f"save: beside the adapters there is more that requires a gradient ({some(others)}), and it is no part "
+            "of an adapter; save the model's state_dict() as well, or freeze what was not trained",
             stacklevel=4,
         )

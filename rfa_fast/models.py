@@ -31,7 +31,8 @@ from torch import nn
 
 from rfa_fast.files import full_disk_as_os_error, save_tensors
 from rfa_fast.hub import fetch_command, hub_folder, is_name
-from rfa_fast.weights import PICKLES, READ, fill, one_line, read_state, require_safetensors, some
+from rfa_fast.names import some
+from rfa_fast.weights import PICKLES, READ, fill, one_line, read_state, require_safetensors
 from rfa_fast.weights import check_weights_file as check_weights_file
 
 Task = Literal["text", "image", "language", "unknown"]

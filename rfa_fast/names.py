@@ -1,6 +1,8 @@
-"""Names of layers as the user wrote the model: without what compiling or wrapping put in."""
+"""Names: of layers as the user wrote the model, without what compiling or wrapping put in; and a few of many."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 from torch import nn
 
@@ -15,6 +17,17 @@ _WRAPPERS = {
     "PeftModel": "base_model",
     "BaseTuner": "model",
 }
+
+
+def some(names: Iterable[str], most: int = 3) -> str:
+    """The first of them, and how many more there are, for a message.
+
+    Example:
+        >>> some(["a", "b", "c", "d"])
+        'a, b, c and 1 more'
+    """
+    listed = list(names)
+    return ", ".join(listed[:most]) + (f" and {len(listed) - most} more" if len(listed) > most else "")
 
 
 def canonical_names(model: nn.Module) -> dict[str, str]:

@@ -16,7 +16,7 @@ from typing import Literal
 
 from torch import nn
 
-from rfa_fast.names import is_a, unwrapped
+from rfa_fast.names import is_a, some, unwrapped
 
 Kind = Literal["linear", "conv2d", "conv1d"]
 Targets = str | Sequence[str] | Callable[[str, nn.Module], bool]
@@ -137,7 +137,7 @@ def select(model: nn.Module, targets: Targets) -> Plan:
         why = "; ".join(f"{n}: {reasons[n]}" for n in asked_first[:5])
         raise ValueError(
             f"targets: got {targets!r}, which matched no layer that can be adapted; "
-            f"layers are {_some(layers)}; {why}{_near(targets, layers)}"
+            f"layers are {some(layers, 12)}; {why}{_near(targets, layers)}"
         )
     taken = {t.name for t in adapted}
     skipped = tuple(Skipped(name, reasons.get(name, "not selected")) for name in layers if name not in taken)
@@ -232,7 +232,7 @@ def _by_user(layers: dict[str, nn.Module], targets: Targets) -> tuple[list[str],
             hits = [name for name in layers if name == wanted or name.endswith(f".{wanted}")]
             if not hits:
                 raise ValueError(
-                    f"targets: got {wanted!r}, which is no layer of this model; its layers are {_some(layers)}"
+                    f"targets: got {wanted!r}, which is no layer of this model; its layers are {some(layers, 12)}"
                     f"{_near(wanted, layers)}"
                 )
             matched.update(hits)
@@ -388,11 +388,6 @@ def _check_weight(name: str, module: nn.Module) -> None:
         or weight.dtype.itemsize < 2
     ):
         raise TypeError(f"layer {name!r}: got {type(weight).__name__} weights of {weight.dtype}, {expected}")
-
-
-def _some(names: Iterable[str], limit: int = 12) -> str:
-    listed = list(names)
-    return ", ".join(listed[:limit]) + (f", … ({len(listed)} in all)" if len(listed) > limit else "")
 
 
 def _near(targets: object, layers: Iterable[str]) -> str:

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rfa_fast.names import some
+
 PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 READ = (".safetensors", ".pth")
 # Where training scripts put the state dict when they save more than that.
@@ -155,16 +157,6 @@ def fill(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
     if lacking:
         raise ValueError(f"weights: {origin} does not fill {kind} (it lacks {some(lacking)})")
     model.load_state_dict(dict(state), strict=False)
-
-
-def some(names: Sequence[str]) -> str:
-    """The first three names, and how many more there are.
-
-    Example:
-        >>> some(["a", "b", "c", "d"])
-        'a, b, c and 1 more'
-    """
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def one_line(error: Exception) -> str:

@@ -16,8 +16,9 @@ from rfa_fast.data.bundle import DataBundle
 from rfa_fast.data.datasets import check_labels
 from rfa_fast.data.draws import integer
 from rfa_fast.data.images import Normalise, statistics
-from rfa_fast.data.own import encodes, few, held_out, named_in_unicode
+from rfa_fast.data.own import encodes, held_out, named_in_unicode
 from rfa_fast.data.splits import stratified_split
+from rfa_fast.names import some
 
 SUFFIXES = (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 TRAINING = ("train", "training")
@@ -184,12 +185,12 @@ def _layout(root: Path) -> tuple[Path, Path | None, list[str]]:
             names = ", ".join(folder.name for folder in training)
             raise ValueError(f"{root}: got {names}, expected one training folder; move the images of one to the other")
         unread = [folder.name for folder in folders if folder not in (training[0], tests[0])]
-        beside = f"folders beside {training[0].name} and {tests[0].name} left out: {few(unread)}"
+        beside = f"folders beside {training[0].name} and {tests[0].name} left out: {some(unread, 5)}"
         return training[0], tests[0], [beside] if unread else []
     if training == folders and len(training) == 1:
         return training[0], None, []
     named = [folder.name for folder in (*training, *tests)]
-    note = f"taken as classes, as they hold images and not a folder per class: {few(named)}"
+    note = f"taken as classes, as they hold images and not a folder per class: {some(named, 5)}"
     return root, None, [note] if named else []
 
 
@@ -250,7 +251,7 @@ def _left_out(root: Path, files: Sequence[Path]) -> list[str]:
         names = [file.relative_to(root).as_posix() for file in files if (file.suffix.lower() in SUFFIXES) is images]
         names = [name if encodes(name) else ascii(name) for name in names]
         if names:
-            notes.append(f"{len(names)} {what} left out: {few(names)}")
+            notes.append(f"{len(names)} {what} left out: {some(names, 5)}")
     return notes
 
 

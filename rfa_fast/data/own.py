@@ -7,7 +7,7 @@ classes, or in a report that cannot be written.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any, SupportsIndex
 
@@ -124,13 +124,3 @@ def held_out(test: int, samples: int, what: str, instead: str) -> str:
         f"{test} of {samples} {what} held out as the test set: what is to be forgotten among them is not shown to the "
         f"method; {instead}"
     )
-
-
-def few(names: Sequence[str], most: int = 5) -> str:
-    """The first names, and a sign that there are more.
-
-    Example:
-        >>> few(["a", "b", "c"], most=2)
-        'a, b, …'
-    """
-    return ", ".join([*names[:most], *(["…"] if len(names) > most else [])])

@@ -18,10 +18,11 @@ from typing import NamedTuple
 
 from rfa_fast.data.bundle import DataBundle
 from rfa_fast.data.datasets import TextDataset
-from rfa_fast.data.own import class_names, encodes, few, held_out, largest_index, named_in_unicode, spelled
+from rfa_fast.data.own import class_names, encodes, held_out, largest_index, named_in_unicode, spelled
 from rfa_fast.data.sources import read_text
 from rfa_fast.data.splits import stratified_split
 from rfa_fast.data.tables import json_lines
+from rfa_fast.names import some
 
 _OTHERS = "other names are given with text= and label= (--data-option text=…)"
 
@@ -85,7 +86,7 @@ def load_records(
     names = _classes(path, records, label) if known is None else known
     notes: list[str] = []
     if known is None and isinstance(records[0].label, str):
-        notes.append(f"labels numbered alphabetically: {few([f'{name} {i}' for i, name in enumerate(names)])}")
+        notes.append(f"labels numbered alphabetically: {some([f'{name} {i}' for i, name in enumerate(names)], 5)}")
     index = {name: i for i, name in reversed([*enumerate(names)])}
     datasets: list[TextDataset] = []
     for file, part in parts:
@@ -226,5 +227,5 @@ def _label(
         return index[str(label)]
     if indices and isinstance(label, int) and 0 <= label < len(classes):
         return label
-    expected = f"one of {few(classes, 20)}" + (f", or 0 to {len(classes) - 1}" if indices else "")
+    expected = f"one of {some(classes, 20)}" + (f", or 0 to {len(classes) - 1}" if indices else "")
     raise ValueError(f"{file}, line {record.line}: {field}: got {label!r}, expected {expected}")

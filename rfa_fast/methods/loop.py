@@ -26,11 +26,11 @@ from rfa_fast.methods.batches import BatchSource, Drawn
 from rfa_fast.methods.checkpoint import RunFolder, RunState
 from rfa_fast.methods.progress import ProgressReport
 from rfa_fast.methods.seeding import derive_seed, seed_generators
+from rfa_fast.names import some
 
 CHECKPOINT_SECONDS = 60.0
 _OPTIMIZER = "optimizer."
 _METHOD = "method."
-_NAMED = 3  # layers named in a message
 
 Save = Literal["all", "checkpoints"]
 """What a run writes to its folder: everything, or only what it needs to be resumed, and that not at once."""
@@ -314,11 +314,11 @@ class Loop:
             shown = ", ".join(f"{k} {values[k]}" for k in bad_losses)
             what = f"the loss is not finite ({shown})"
             if layers:
-                what += f", {_some('layer', layers)}"
+                what += f", first in layer {some(map(repr, layers))}"
             elif "align" in values:
                 what += ", in the task's loss alone: every layer's alignment is finite"
         elif bad_gradients:
-            what = f"the gradient is not finite, {_some('parameter', bad_gradients)}"
+            what = f"the gradient is not finite, first in parameter {some(map(repr, bad_gradients))}"
         else:
             what = f"the gradient's norm is {values['grad_norm']}, beyond float32, with finite elements"
         tensors = batch.inputs.values() if isinstance(batch.inputs, Mapping) else [batch.inputs]
@@ -354,11 +354,6 @@ def _to_device(batch: Batch, device: torch.device) -> Batch:
     inputs = batch.inputs
     moved = {k: v.to(device) for k, v in inputs.items()} if isinstance(inputs, dict) else inputs.to(device)
     return Batch(moved, batch.labels.to(device), batch.forget.to(device))
-
-
-def _some(what: str, names: Sequence[str]) -> str:
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return f"first in {what} " + ", ".join(repr(n) for n in names[:_NAMED]) + more
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:

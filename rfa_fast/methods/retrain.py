@@ -30,6 +30,7 @@ from rfa_fast.methods.parts import Parts, parts
 from rfa_fast.methods.progress import ProgressReport
 from rfa_fast.methods.schedule import Schedule, check_schedule, learning_rates, steps_in_all
 from rfa_fast.methods.seeding import derive_seed, isolated_generators, seed_generators
+from rfa_fast.names import some
 from rfa_fast.objective import IGNORED_LABEL
 from rfa_fast.padding import real_labels
 
@@ -290,7 +291,7 @@ def _check_finite(total: float, norm: float, model: nn.Module, step: int, histor
     bad = [n for n, p in model.named_parameters() if p.grad is not None and not bool(torch.isfinite(p.grad).all())]
     what = f"gradient norm {norm}" if math.isfinite(total) else f"loss {total}"
     raise NonFiniteError(
-        f"step {step}: {what}, expected a finite number; gradients that are not: {', '.join(bad[:3]) or 'none'}; "
+        f"step {step}: {what}, expected a finite number; gradients that are not: {some(bad) or 'none'}; "
         "the weights are those of the step before",
         step=step, layers=bad, history=history,
     )  # fmt: skip

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from rfa_fast.methods.seeding import derive_seed, isolated_generators, seed_generators
-from rfa_fast.names import hidden_child
+from rfa_fast.names import hidden_child, some
 from rfa_fast.weights import read_safetensors
 
 _STD = 0.02  # of a parameter that nobody else draws; what transformers gives its embeddings
@@ -112,9 +112,8 @@ def _reset(model: nn.Module) -> nn.Module:
             nn.init.normal_(parameter, 0.0, _STD)
             orphans.append(f"{name}.{key}".lstrip("."))
     if orphans:
-        more = f" and {len(orphans) - 3} more" if len(orphans) > 3 else ""
         warnings.warn(
-            f"{', '.join(orphans[:3])}{more}: no reset_parameters() in their modules, so they start from "
+            f"{some(orphans)}: no reset_parameters() in their modules, so they start from "
             f"N(0, {_STD}²); initial=FILE.safetensors starts from weights of your own",
             stacklevel=2,
         )
