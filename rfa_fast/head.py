@@ -27,6 +27,7 @@ from rfa_fast.padding import without_padding
 from rfa_fast.targets import inherits_forward, output_embeddings
 
 Result = TypeVar("Result")
+_ANOTHER_TASK = "for a loss of your own, run the model inside `with rfa.groups(forget):` and add rfa.alignment_loss()"
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,10 @@ def check_labels(labels: Tensor, size: int, device: torch.device) -> None:
     """
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
         got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-        raise TypeError(f"labels: got {got}, expected an int64 tensor")
+        raise TypeError(f"labels: got {got}, expected an int64 tensor of classes; {_ANOTHER_TASK}")
     if labels.ndim not in (1, 2) or labels.shape[0] != size:
-        raise ValueError(f"labels: got shape {tuple(labels.shape)}, expected ({size},) or ({size}, T)")
+        expected = f"({size},) or ({size}, T)"
+        raise ValueError(f"labels: got shape {tuple(labels.shape)}, expected {expected}; {_ANOTHER_TASK}")
     if labels.device != device:
         raise ValueError(f"labels: got device {labels.device}, expected the model's device {device}")
 
@@ -127,9 +129,8 @@ def logits_and_task(
     else:
         rows, codes = labels, batch.samples
         if logits.ndim != 2:
-            raise ValueError(
-                f"labels: got shape {tuple(labels.shape)} beside logits {tuple(logits.shape)}, expected (B, C)"
-            )
+            got = f"{tuple(labels.shape)} beside logits {tuple(logits.shape)}"
+            raise ValueError(f"labels: got shape {got}, expected (B, C); {_ANOTHER_TASK}")
     check_range(rows, codes, logits.shape[1])
     soft_label, _ = mean_prediction(logits, rows, codes, fallback=fallback)
     return _terms(task_sums(logits, rows, codes, soft_label), soft_label, batch)
@@ -281,7 +282,8 @@ def logits_of(output: object) -> Tensor:
             found = output[0]
     if not isinstance(found, Tensor):
         raise TypeError(
-            f"model: got an output of {type(output).__name__}, expected logits: a tensor or an object with .logits"
+            f"model: got an output of {type(output).__name__}, expected logits: a tensor or an object with .logits; "
+            + _ANOTHER_TASK
         )
     return found
 
@@ -321,5 +323,6 @@ def _token_rows(labels: Tensor, batch: Batch, shift: bool) -> tuple[Tensor, Tens
 def _check_length(labels: Tensor, logits: Tensor) -> None:
     if logits.ndim != 3 or labels.shape != logits.shape[:2]:
         raise ValueError(
-            f"labels: got shape {tuple(labels.shape)}, expected {tuple(logits.shape[:2])} to fit the logits"
+            f"labels: got shape {tuple(labels.shape)}, expected {tuple(logits.shape[:2])} to fit the "
+            f"logits; {_ANOTHER_TASK}"
         )

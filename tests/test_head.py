@@ -229,3 +229,18 @@ def test_a_class_that_the_model_rules_out_adds_nothing(backend: str) -> None:
     soft = log_p[:3].exp().mean(0)
     assert found.forget.item() == pytest.approx(-(log_p[3:] @ soft).sum().item(), rel=1e-5)
     assert found.retain.item() == pytest.approx(-log_p[torch.arange(3), labels[:3]].sum().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("labels", "error", "got"),
+    [
+        (torch.zeros(2, 3), TypeError, "labels: got torch.float32"),
+        (torch.zeros(2, 3, 4, dtype=torch.int64), ValueError, r"labels: got shape \(2, 3, 4\)"),
+        (torch.zeros(2, 3, dtype=torch.int64), ValueError, r"labels: got shape \(2, 3\), expected"),
+    ],
+    ids=["targets of a regression", "a label per pixel", "a label per column"],
+)
+def test_labels_of_another_task_are_shown_the_way(labels, error, got):
+    rfa = rfa_fast.patch(nn.Sequential(nn.Linear(5, 3)), ["0"], rank=1)
+    with pytest.raises(error, match=rf"{got}.*inside `with rfa\.groups\(forget\):` and add rfa\.alignment_loss\(\)"):
+        rfa.loss(torch.randn(2, 5), labels, torch.tensor([True, False]))
