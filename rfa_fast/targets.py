@@ -107,7 +107,7 @@ def select(model: nn.Module, targets: Targets) -> Plan:
         )
     if not layers:
         raise ValueError(f"model: got {type(model).__name__}, expected one with Linear, Conv2d or Conv1D layers")
-    obstacles = _Obstacles(model)
+    obstacles, experts = _Obstacles(model), _fused_experts(model)
     blocks = repeated_blocks(model)
     placed = isinstance(targets, str) and targets in PLACEMENTS
     if isinstance(targets, str) and placed:
@@ -134,14 +134,25 @@ def select(model: nn.Module, targets: Targets) -> Plan:
             adapted.append(Target(name, kind, is_head=name == head, tied_to=tied, is_placed=placed))
     if not adapted:
         asked_first = sorted(reasons, key=lambda n: n not in chosen)
-        why = "; ".join(f"{n}: {reasons[n]}" for n in asked_first[:5])
+        shown = [*experts[:1], *(Skipped(name, reasons[name]) for name in asked_first[:5])]
+        why = "; ".join(f"{skip.name}: {skip.reason}" for skip in shown)
         raise ValueError(
             f"targets: got {targets!r}, which matched no layer that can be adapted; "
             f"layers are {some(layers, 12)}; {why}{_near(targets, layers)}"
         )
     taken = {t.name for t in adapted}
     skipped = tuple(Skipped(name, reasons.get(name, "not selected")) for name in layers if name not in taken)
-    return Plan(tuple(adapted), skipped, tuple(blocks))
+    return Plan(tuple(adapted), (*skipped, *experts), tuple(blocks))
+
+
+def _fused_experts(model: nn.Module) -> list[Skipped]:
+    """A mixture's experts where they are no layers of their own but slices of one tensor `(experts, …, …)`."""
+    return [
+        Skipped(name, "a mixture's experts in one tensor, which has no place for adapters: they stay as they are")
+        for name, module in model.named_modules()
+        if re.search("expert", f"{name.rpartition('.')[2]} {type(module).__name__}", re.IGNORECASE)
+        and any(p is not None and p.ndim == 3 and p.is_floating_point() for p in module._parameters.values())
+    ]
 
 
 def repeated_blocks(model: nn.Module) -> list[str]:

@@ -18,8 +18,12 @@ from transformers import (
     BertForMaskedLM,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
@@ -306,3 +310,23 @@ def test_the_layers_of_a_peft_adapter_are_left_alone() -> None:
     assert "another library's adapter" in reasons(model, "all")[f"{inner}blocks.0.up.lora_A.default"]
     with pytest.raises(ValueError, match=r"up\.lora_A\.default', which cannot be adapted: another library's adapter"):
         select(model, ["lora_A.default"])
+
+
+def test_a_mixtures_experts_in_one_tensor_are_named_among_what_stays() -> None:
+    sizes = {
+        "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "vocab_size": 40,
+    }  # fmt: skip
+    why = "a mixture's experts in one tensor, which has no place for adapters: they stay as they are"
+    shared = Qwen2MoeForCausalLM(
+        Qwen2MoeConfig(**sizes, num_experts=4, moe_intermediate_size=8, shared_expert_intermediate_size=8)
+    )
+    assert reasons(shared, "all")["model.layers.1.mlp.experts"] == why
+    alone = MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=4))
+    with pytest.raises(ValueError, match=rf"matched no layer.*; model\.layers\.0\.mlp\.experts: {why}; "):
+        select(alone, "deep")
+    named = select(alone, r".*o_proj")
+    assert [skip.name for skip in named.skipped if skip.reason == why] == [
+        "model.layers.0.mlp.experts",
+        "model.layers.1.mlp.experts",
+    ]
