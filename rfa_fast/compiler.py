@@ -54,6 +54,30 @@ def compiler_settings() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def one_graph() -> Iterator[None]:
+    """Context that says what to do where a step does not compile; the compiler's own error is the cause of it.
+
+    Raises:
+        RuntimeError: the compiler gave up.
+
+    Example:
+        >>> with one_graph():
+        ...     torch.compile(lambda x: 2 * x, backend="eager", fullgraph=True)(torch.ones(2))
+        tensor([2., 2.])
+    """
+    from torch._dynamo.exc import TorchDynamoException
+
+    try:
+        yield
+    except TorchDynamoException as error:
+        first = str(error).strip().partition("\n")[0]
+        raise RuntimeError(
+            f"compile_step: the step of this model does not compile into one graph: {first}. Take compile=False, which "
+            "is the same step uncompiled, or change what the error above this one names"
+        ) from error
+
+
 def separate_uses(graph: Graph) -> int:
     """Give every use of an elementwise result behind an exponential a computation of its own.
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from rfa_fast.checks import warn_unaveraged
-from rfa_fast.compiler import compiler_settings
+from rfa_fast.compiler import compiler_settings, one_graph
 from rfa_fast.forwards import batch_statistics
 from rfa_fast.groups import Batch, WholeBatch
 from rfa_fast.head import head_aside, labelled_rows, standing_aside, trying_aside
@@ -176,6 +176,7 @@ class Step:
 
         Raises:
             FloatingPointError: a gradient that is not finite, of this step or (on an accelerator) of the one before.
+            RuntimeError: a model that does not compile into one graph.
         """
         rfa, context = self.rfa, self.rfa._context
         rfa._check_enabled()
@@ -231,7 +232,8 @@ class Step:
                 self._open(inputs, labels, batch, output)
                 context.note_retain(batch)
                 stack.enter_context(compiler_settings())
-                found = self._compiled(inputs, labels, batch, memory, prediction, output)
+                with one_graph():
+                    found = self._compiled(inputs, labels, batch, memory, prediction, output)
         total = found.losses.total if self.scaler is None else self.scaler.scale(found.losses.total)
         with nullcontext() if self._compiled is None else compiler_settings():
             total.backward()  # type: ignore[no-untyped-call]

@@ -299,3 +299,27 @@ def test_wrong_options():
     rfa.merge()
     with pytest.raises(ValueError, match="merged or removed"):
         step(torch.randn(4, 5), torch.arange(4) % 3, torch.arange(4) < 1)
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.over, self.head = nn.Linear(5, 8), nn.LSTM(8, 8, batch_first=True), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.over(self.up(x))[0][:, -1])
+
+
+def test_what_does_not_compile_into_one_graph_says_what_to_do_and_runs_without():
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    rfa = rfa_fast.patch(Recurrent(), ["up", "head"], rank=2, seed=0)
+    optimizer = torch.optim.SGD(rfa.parameters(), lr=0.1)
+    batch = torch.randn(4, 3, 5), torch.arange(4) % 3, torch.arange(4) < 2
+    before = rfa.loss(*batch)
+    with pytest.raises(RuntimeError, match=r"not compile into one graph: .*LSTM.*Take compile=False") as caught:
+        compile_step(rfa, optimizer)(*batch)
+    assert isinstance(caught.value.__cause__, torch._dynamo.exc.Unsupported)
+    assert all(parameter.grad is None for parameter in rfa.parameters())
+    after = compile_step(rfa, optimizer, compile=False)(*batch)
+    assert after.total.item() == before.total.item()
