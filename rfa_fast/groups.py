@@ -224,7 +224,7 @@ class GroupContext:
 
     def note_retain(self, batch: Batch) -> None:
         """Say so once if there is nothing to align with yet, where asking costs no device synchronisation."""
-        if self.seen_retain or batch.samples.device.type != "cpu":
+        if self.seen_retain or batch.samples.device.type != "cpu" or not torch.is_grad_enabled():
             return
         if not bool((batch.samples == RETAIN).any()):
             warnings.warn(

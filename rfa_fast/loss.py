@@ -172,8 +172,11 @@ def remembered(layers: Mapping[str, RFALayer]) -> dict[str, tuple[Tensor, Tensor
 
 
 def keep(layers: Mapping[str, RFALayer], context: GroupContext, means: Means, terms: Mapping[str, LayerTerms]) -> None:
-    """The batch is good: keep its means for batches without retain samples, and its terms for who asks."""
-    for name, (mean, known) in means.items():
+    """The batch is good: keep its means for batches without retain samples, and its terms for who asks.
+
+    A loss without gradient is a look at the model: what is trained next aims at what it would have aimed at.
+    """
+    for name, (mean, known) in means.items() if torch.is_grad_enabled() else ():
         layers[name].feature_mean, layers[name].feature_mean_known = plain(mean.detach()), plain(known)
     context.losses = {name: LayerTerms(t.retain.detach(), t.forget.detach()) for name, t in terms.items()}
 

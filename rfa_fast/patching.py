@@ -219,7 +219,8 @@ class RFA:
     def _keep(self, found: Evaluation) -> None:
         rows = zip(self.names, found.terms.unbind(0), strict=True)
         keep(self.layers, self._context, found.means, {name: LayerTerms(*row.unbind(0)) for name, row in rows})
-        self._context.mean_prediction = found.mean_prediction
+        if torch.is_grad_enabled():
+            self._context.mean_prediction = found.mean_prediction
 
     @contextmanager
     def groups(self, forget: Tensor, valid: Tensor | None = None) -> Iterator[None]:

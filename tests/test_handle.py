@@ -472,3 +472,27 @@ def test_adapters_that_somebody_froze_are_not_trained_in_silence() -> None:
     for parameter in rfa.parameters():
         parameter.requires_grad_(True)
     rfa.loss(*batch).total.backward()
+
+
+@pytest.mark.parametrize("inside_groups", [False, True], ids=["loss", "groups"])
+def test_a_look_without_gradient_leaves_what_the_next_batch_aims_at(
+    net: nn.Module, images: Tensor, inside_groups: bool
+) -> None:
+    everything = torch.ones_like(FORGET)
+
+    def run(*, look: bool) -> rfa_fast.RFALoss:
+        rfa = rfa_fast.patch(copy.deepcopy(net), ["conv", "head"], rank=2, seed=0)
+        scatter(rfa)
+        rfa.loss(images, LABELS, FORGET)
+        if look:
+            with torch.no_grad():
+                if inside_groups:
+                    with rfa.groups(FORGET):
+                        rfa.model(3 * images + 1)
+                        rfa.alignment_loss()
+                else:
+                    rfa.loss(3 * images + 1, LABELS, FORGET)
+                assert len(rfa.layer_losses()) == 2
+        return rfa.loss(images, LABELS, everything)
+
+    assert run(look=True) == run(look=False)
