@@ -6,7 +6,7 @@ The module keeps its class, its hooks and its parameters; what another has put t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torch import nn
@@ -60,6 +60,18 @@ def flags_down(modules: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def running_statistics(model: nn.Module) -> AbstractContextManager[None]:
+    """Batch norms keep to their running statistics: one sample has no variance of its own.
+
+    Example:
+        >>> norm = nn.BatchNorm1d(2)
+        >>> with running_statistics(norm):
+        ...     norm.training
+        False
+    """
+    return flags_down(module for module in model.modules() if isinstance(module, _BatchNorm))
 
 
 def batch_statistics(model: nn.Module) -> str | None:

@@ -205,8 +205,8 @@ def _untrained(model: nn.Module, seed: int) -> nn.Module:
     """A copy of the model that has seen nothing."""
     import copy
 
+    from rfa_fast.methods.buffers import copy_tensors
     from rfa_fast.methods.start import initial_tensors, named_state
-    from rfa_fast.methods.weights import copy_tensors
 
     other = copy.deepcopy(model)
     copy_tensors(named_state(other), initial_tensors(other, seed))

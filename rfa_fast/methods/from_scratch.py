@@ -13,10 +13,10 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from rfa_fast.methods.buffers import copy_tensors
 from rfa_fast.methods.finetune import Finetune
 from rfa_fast.methods.options import Option, weights_file
 from rfa_fast.methods.start import initial_tensors
-from rfa_fast.methods.weights import copy_tensors
 
 
 class Retrain(Finetune):
@@ -60,4 +60,4 @@ class Retrain(Finetune):
         try:
             yield
         finally:
-            copy_tensors(live, fresh)
+            copy_tensors(self._parameters | self._buffers, fresh)

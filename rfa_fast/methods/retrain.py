@@ -21,10 +21,12 @@ from torch.utils.data import DataLoader
 
 from rfa_fast.data.collate import collate, collate_text
 from rfa_fast.data.datasets import size_of
+from rfa_fast.forwards import running_statistics
 from rfa_fast.head import is_encoder_decoder, predicts_next_token
 from rfa_fast.methods import checks
 from rfa_fast.methods.base import NonFiniteError, StepRecord
 from rfa_fast.methods.batches import IMAGE_BATCH, TEXT_BATCH
+from rfa_fast.methods.buffers import Buffers
 from rfa_fast.methods.loop import gradient_norm
 from rfa_fast.methods.parts import Parts, parts
 from rfa_fast.methods.progress import ProgressReport
@@ -98,7 +100,7 @@ def train(
 
     Raises:
         ValueError, TypeError: something given is wrong.
-        NonFiniteError: a loss or gradient is NaN or infinite; the weights are those of the step before.
+        NonFiniteError: a loss or gradient is NaN or infinite; weights and buffers are those of the step before.
 
     Example:
         >>> from torch.utils.data import TensorDataset
@@ -126,7 +128,7 @@ def train(
         trainable = [p for p in model.parameters() if p.requires_grad]
         if not trainable:
             raise ValueError("model: got one whose parameters are all frozen, expected some with requires_grad")
-        loop = _Steps(model, torch.optim.AdamW(trainable, lr=lr, weight_decay=weight_decay), rate, place)
+        loop = _Steps(model, trainable, torch.optim.AdamW(trainable, lr=lr, weight_decay=weight_decay), rate, place)
         modes = [(module, module.training) for module in model.modules()]
         model.train()
         try:
@@ -151,11 +153,14 @@ class _Steps:
     def __init__(
         self,
         model: nn.Module,
+        trainable: list[nn.Parameter],
         optimizer: torch.optim.Optimizer,
         rate: Callable[[int], float],
         device: torch.device,
     ) -> None:
-        self.model, self.optimizer, self.rate, self.device = model, optimizer, rate, device
+        self.model, self.trainable, self.optimizer = model, trainable, optimizer
+        self.rate, self.device = rate, device
+        self.buffers = Buffers(model, [name for name, _ in model.named_buffers()])
         self.history: list[StepRecord] = []
         self.begun, self.seconds = time.perf_counter(), 0.0
 
@@ -177,20 +182,34 @@ class _Steps:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
-        with nullcontext() if autocast is None else torch.autocast(self.device.type, autocast):
-            loss = _loss(self.model, inputs, labels, self.device)
-        loss.backward()  # type: ignore[no-untyped-call]
-        norm = gradient_norm(self.model.parameters())
-        total, grad_norm = torch.stack([loss.detach().float(), norm.to(loss.device)]).tolist()
-        _check_finite(total, grad_norm, self.model, number, self.history)
+        before = {name: buffer.clone() for name, buffer in self.buffers.live().items()}
+        try:
+            total, grad_norm = self._gradient(inputs, labels, autocast)
+            _check_finite(total, grad_norm, self.model, self.trainable, number, self.history)
+        except BaseException:  # the forward has moved the statistics of batch norms
+            self.buffers.restore(before)
+            self.optimizer.zero_grad(set_to_none=True)
+            raise
         if max_norm is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
+            nn.utils.clip_grad_norm_(self.trainable, max_norm)
         self.optimizer.step()
         self.seconds += time.perf_counter() - self.begun
         record: StepRecord = {"step": number, "epoch": epoch + 1, "total": total, "grad_norm": grad_norm, "lr": lr}
         record |= {"samples": len(labels), "seconds": round(self.seconds, 6)}
         self.history.append(record)
         return record
+
+    def _gradient(
+        self, inputs: Tensor | dict[str, Tensor], labels: Tensor, autocast: torch.dtype | None
+    ) -> tuple[float, float]:
+        """The loss, and the norm of its gradient, which is in the parameters."""
+        alone = running_statistics(self.model) if len(labels) == 1 else nullcontext()
+        with alone, nullcontext() if autocast is None else torch.autocast(self.device.type, autocast):
+            loss = _loss(self.model, inputs, labels, self.device)
+        loss.backward()  # type: ignore[no-untyped-call]
+        norm = gradient_norm(self.trainable)
+        total, grad_norm = torch.stack([loss.detach().float(), norm.to(loss.device)]).tolist()
+        return total, grad_norm
 
 
 class _Epochs:
@@ -245,6 +264,9 @@ class _Epochs:
 
     def _of_epoch(self, epoch: int) -> Iterator[Any]:
         if self.loader is not None:
+            for sampler in (self.loader.sampler, self.loader.batch_sampler):
+                if callable(set_epoch := getattr(sampler, "set_epoch", None)):
+                    set_epoch(epoch)
             yield from self.loader
             return
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", epoch))
@@ -285,10 +307,14 @@ def _loss(model: nn.Module, inputs: Tensor | dict[str, Tensor], labels: Tensor, 
     return F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORED_LABEL)
 
 
-def _check_finite(total: float, norm: float, model: nn.Module, step: int, history: list[StepRecord]) -> None:
+def _check_finite(
+    total: float, norm: float, model: nn.Module, trainable: list[nn.Parameter], step: int, history: list[StepRecord]
+) -> None:
     if math.isfinite(total) and math.isfinite(norm):
         return
-    bad = [n for n, p in model.named_parameters() if p.grad is not None and not bool(torch.isfinite(p.grad).all())]
+    own = {id(parameter) for parameter in trainable}
+    named = ((n, p.grad) for n, p in model.named_parameters() if id(p) in own)
+    bad = [n for n, grad in named if grad is not None and not bool(torch.isfinite(grad).all())]
     what = f"gradient norm {norm}" if math.isfinite(total) else f"loss {total}"
     raise NonFiniteError(
         f"step {step}: {what}, expected a finite number; gradients that are not: {some(bad) or 'none'}; "

@@ -121,7 +121,9 @@ class RMU(WeightsMethod):
             if not isinstance(hidden, Tensor):
                 raise TypeError(f"layer: got {type(output).__name__} from the block, expected a tensor or a tuple")
             seen.append(hidden if differentiate else hidden.detach())
-            return (hidden.detach(), *output[1:]) if isinstance(output, tuple) else hidden.detach()
+            # What comes after may write into it (an activation in place), and what was seen is still to be read.
+            rest = hidden.detach().clone()
+            return (rest, *output[1:]) if isinstance(output, tuple) else rest
 
         head = output_embeddings(self.model)
         aside: AbstractContextManager[Any] = standing_aside(head) if isinstance(head, nn.Linear) else nullcontext()

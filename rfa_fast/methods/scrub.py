@@ -7,6 +7,7 @@ model: a forward pass per step, and no memory beyond the copy that the run keeps
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
@@ -15,9 +16,10 @@ from torch import Tensor, nn
 
 from rfa_fast.loss import eval_behaviour
 from rfa_fast.methods.base import Batch
+from rfa_fast.methods.buffers import copy_tensors
 from rfa_fast.methods.losses import cross_entropy, divergence
 from rfa_fast.methods.options import Option, integer, number
-from rfa_fast.methods.weights import WeightsMethod, copy_tensors
+from rfa_fast.methods.weights import WeightsMethod
 
 _BEST = "rewind."  # prefix of the kept weights among the state's tensors
 _ERROR = "rewind_error"
@@ -110,12 +112,12 @@ class SCRUB(WeightsMethod):
         wished = self.options["rewind"]
         if wished is None:
             return
+        error = None if self._maximises else self._error(forget)
         live = self._parameters | self._buffers
-        if not self._maximises:
-            error = self._error(forget)
-            if not self._best or abs(error - wished) < abs(float(self._best[_ERROR]) - wished):
-                self._best = {_BEST + name: tensor.detach().clone() for name, tensor in live.items()}
-                self._best[_ERROR] = torch.tensor(error, dtype=torch.float64)
+        best = float(self._best[_ERROR]) if self._best else math.inf
+        if error is not None and abs(error - wished) < abs(best - wished):
+            self._best = {_BEST + name: tensor.detach().clone() for name, tensor in live.items()}
+            self._best[_ERROR] = torch.tensor(error, dtype=torch.float64)
         if last and self._best:
             copy_tensors(live, {name: self._best[_BEST + name] for name in live})
 

@@ -3,16 +3,18 @@
 Random weights are drawn the way the model itself would: a transformers model is built anew from its
 configuration, any other has `reset_parameters` called on every module. The latter is PyTorch's own
 distribution, not one that a constructor put in its place (torchvision's ResNet draws otherwise), and a
-parameter that belongs to a module without that function (a class token, say) is drawn from N(0, 0.02²)
-and named in a warning: left as it is, it would carry over what was learnt. Whoever needs the very
-start of the original model, pretrained weights included, keeps it in a file and passes that.
+parameter that it does not touch (a class token, the gain of a subclass, what weight normalisation made of a
+weight) is drawn from N(0, 0.02²) and named in a warning: left as it is, it would carry over what was learnt.
+A buffer that nothing resets may be a constant or a running average: it stays, and is named as well. Whoever needs
+the very start of the original model, pretrained weights included, keeps it in a file and passes that.
 """
 
 from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +25,7 @@ from rfa_fast.weights import read_safetensors
 
 _STD = 0.02  # of a parameter that nobody else draws; what transformers gives its embeddings
 _CPU = torch.device("cpu")
+T = TypeVar("T", bound=Tensor)
 
 
 def named_state(model: nn.Module) -> dict[str, Tensor]:
@@ -103,18 +106,48 @@ def _built_anew(model: nn.Module) -> nn.Module:
 
 def _reset(model: nn.Module) -> nn.Module:
     orphans: list[str] = []
+    kept: list[str] = []
+    saved = model.state_dict(keep_vars=True).keys()
     for name, module in model.named_modules():
+        parameters = _floating(module.named_parameters(recurse=False))
+        buffers = {k: b for k, b in _floating(module.named_buffers(recurse=False)).items() if _join(name, k) in saved}
+        before = {key: buffer.clone() for key, buffer in buffers.items()}
         reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
         if callable(reset):
+            with torch.no_grad():  # what is still NaN afterwards was left alone
+                for tensor in (*parameters.values(), *buffers.values()):
+                    tensor.fill_(torch.nan)
             reset()
-            continue
-        for key, parameter in module.named_parameters(recurse=False):
+            parameters = {key: p for key, p in _floating(module.named_parameters(recurse=False)).items() if _is_nan(p)}
+            buffers = {key: b for key in before if (b := module._buffers[key]) is not None and _is_nan(b)}
+        for key, parameter in parameters.items():
             nn.init.normal_(parameter, 0.0, _STD)
-            orphans.append(f"{name}.{key}".lstrip("."))
+            orphans.append(_join(name, key))
+        for key in buffers:
+            module._buffers[key] = before[key]
+            kept.append(_join(name, key))
+    if kept:
+        warnings.warn(
+            f"{some(kept)}: nothing resets these buffers, so they keep what they hold: right for a constant, not for "
+            "what was learnt; initial=FILE.safetensors starts from a state of your own",
+            stacklevel=2,
+        )
     if orphans:
         warnings.warn(
-            f"{some(orphans)}: no reset_parameters() in their modules, so they start from "
+            f"{some(orphans)}: no reset_parameters() in their modules, or none that draws them, so they start from "
             f"N(0, {_STD}²); initial=FILE.safetensors starts from weights of your own",
             stacklevel=2,
         )
     return model
+
+
+def _join(module: str, key: str) -> str:
+    return f"{module}.{key}".lstrip(".")
+
+
+def _floating(named: Iterable[tuple[str, T]]) -> dict[str, T]:
+    return {key: tensor for key, tensor in named if tensor.is_floating_point()}
+
+
+def _is_nan(tensor: Tensor) -> bool:
+    return bool(tensor.isnan().any())

@@ -15,20 +15,20 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from rfa_fast.files import save_tensors
-from rfa_fast.forwards import flags_down
+from rfa_fast.forwards import running_statistics
 from rfa_fast.head import is_encoder_decoder, logits_of, predicts_next_token
 from rfa_fast.loss import eval_behaviour
 from rfa_fast.methods.base import Batch, Method
+from rfa_fast.methods.buffers import Buffers, copy_tensors
 from rfa_fast.methods.losses import Rows, labelled_rows
 from rfa_fast.methods.options import Option, complete, flag, placement
 from rfa_fast.methods.placement import check_trainable, parameters_of
@@ -72,7 +72,7 @@ class WeightsMethod(Method):
         check_trainable(model, names)
         parameters = dict(model.named_parameters())
         self._parameters = {name: parameters[name] for name in names}
-        self._buffers = {name: t for name, t in named_state(model).items() if name not in parameters}
+        self._held = Buffers(model, [name for name in named_state(model) if name not in parameters])
         self._originals = {name: t.detach().clone() for name, t in (self._parameters | self._buffers).items()}
         self._undo = Undo(model)
         found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
@@ -92,6 +92,11 @@ class WeightsMethod(Method):
             ValueError, TypeError: as :func:`rfa_fast.targets.select`.
         """
         return parameters_of(self.model, self.options["targets"])
+
+    @property
+    def _buffers(self) -> dict[str, Tensor]:
+        """The buffers that are there now."""
+        return self._held.live()
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """The trained parameters, in the model's order."""
@@ -181,7 +186,8 @@ class WeightsMethod(Method):
     def remove(self) -> None:
         """Put every weight and buffer back, bit for bit."""
         self._check_live()
-        copy_tensors(self._parameters | self._buffers, self._originals)
+        copy_tensors(self._parameters, self._originals)
+        self._held.restore(self._originals)
         self._restore()
 
     def _restore(self) -> None:
@@ -208,7 +214,7 @@ class WeightsMethod(Method):
 
     def _rows(self, batch: Batch) -> Rows:
         """What the model under training says of a batch."""
-        with _alone(self.model) if len(batch.forget) == 1 else nullcontext():
+        with running_statistics(self.model) if len(batch.forget) == 1 else nullcontext():
             output = call(self.model, batch.inputs)
         return self._labelled(output, batch)
 
@@ -247,22 +253,3 @@ def call(model: nn.Module, inputs: Tensor | Mapping[str, Tensor]) -> object:
         tensor([1., 1.])
     """
     return model(inputs) if isinstance(inputs, Tensor) else model(**inputs)
-
-
-def _alone(model: nn.Module) -> AbstractContextManager[None]:
-    """One sample has no variance: batch norms keep to their running statistics."""
-    return flags_down(m for m in model.modules() if isinstance(m, _BatchNorm))
-
-
-@torch.no_grad()
-def copy_tensors(into: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-    """Write `tensors` into those of the same name, in place.
-
-    Example:
-        >>> there = {"a": torch.zeros(1)}
-        >>> copy_tensors(there, {"a": torch.ones(1), "b": torch.ones(1)})
-        >>> there
-        {'a': tensor([1.])}
-    """
-    for name, tensor in into.items():
-        tensor.copy_(tensors[name])
