@@ -140,6 +140,9 @@ class Method(ABC):
         A run that is resumed between two epochs calls it once more, in the same state.
         """
 
+    def hand_over(self) -> None:  # noqa: B027
+        """The steps are over, be it since an earlier call: set the model's flags as the caller is to find them."""
+
 
 class UnlearnInterrupted(KeyboardInterrupt):
     """Ctrl-C during :func:`rfa_fast.unlearn`; what was done is kept where the message says.

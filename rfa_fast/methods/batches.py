@@ -82,7 +82,7 @@ class BatchSource(ABC):
     def fingerprint(self, batch: Batch) -> str:
         """SHA-256 over the tensors of a batch: a run that is resumed begins by drawing its last batch once more."""
         digest, inputs = hashlib.sha256(), batch.inputs
-        named = inputs if isinstance(inputs, dict) else {"inputs": inputs}
+        named = inputs if isinstance(inputs, Mapping) else {"inputs": inputs}
         for name, value in sorted({**named, "labels": batch.labels}.items()):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
             digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
@@ -160,7 +160,8 @@ class DatasetSource(BatchSource):
 
     def _batch(self, indices: list[int], step: int) -> Batch:
         seed_generators(derive_seed(self._seed, "draw", step), self._device)
-        return Batch(*collate_mixed([self.mixed[i] for i in indices], self._collate))
+        inputs, labels, forget = collate_mixed([self.mixed[i] for i in indices], self._collate)
+        return Batch(dict(inputs) if isinstance(inputs, Mapping) else inputs, labels, forget)
 
     def _order(self, epoch: int, start: int) -> Iterable[list[int]]:
         """Indices into the mixed data of an epoch's batches, from batch `start` on."""
@@ -346,17 +347,17 @@ def order_digest(ids: Sequence[str]) -> str:
 def _joined(retain: Parts, forget: Parts, pad: int) -> Batch:
     (kept, kept_labels), (gone, gone_labels) = retain, forget
     mask = torch.cat([torch.zeros(len(kept_labels), dtype=torch.bool), torch.ones(len(gone_labels), dtype=torch.bool)])
-    if isinstance(kept, dict) and isinstance(gone, dict) and set(kept) == set(gone):
+    if isinstance(kept, Mapping) and isinstance(gone, Mapping) and set(kept) == set(gone):
         inputs: Tensor | dict[str, Tensor] = {k: torch.cat(_aligned(k, kept, gone, pad)) for k in kept}
         labels = torch.cat(_aligned("labels", {**kept, "labels": kept_labels}, {**gone, "labels": gone_labels}, pad))
         return Batch(inputs, labels, mask)
     if isinstance(kept, Tensor) and isinstance(gone, Tensor) and kept.shape[1:] == gone.shape[1:]:
         return Batch(torch.cat([kept, gone]), torch.cat([kept_labels, gone_labels]), mask)
-    shown = [sorted(x) if isinstance(x, dict) else tuple(x.shape) for x in (kept, gone)]
+    shown = [sorted(x) if isinstance(x, Mapping) else tuple(x.shape) for x in (kept, gone)]
     raise ValueError(f"forget: the loader gave inputs {shown[1]}, expected those of retain, {shown[0]}")
 
 
-def _aligned(key: str, kept: dict[str, Tensor], gone: dict[str, Tensor], pad: int) -> list[Tensor]:
+def _aligned(key: str, kept: Mapping[str, Tensor], gone: Mapping[str, Tensor], pad: int) -> list[Tensor]:
     """Two tensors of one key, the shorter token axis padded, on the left where the batch is padded there."""
     a, b = kept[key], gone[key]
     if a.shape[1:] == b.shape[1:]:

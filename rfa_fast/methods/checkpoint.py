@@ -53,6 +53,8 @@ class RunState:
         stopped: why the run is over, `None` while it is not.
         last_batch: digest of the last batch, to notice other data, or a loader that does not repeat its order.
         versions: package versions that wrote the state.
+        asked: the last step of which it is known whether the run ends with it; `None` in a state of before this was
+            noted. An error in `until` leaves a step that has yet to be asked about.
     """
 
     step: int = 0
@@ -64,6 +66,7 @@ class RunState:
     stopped: str | None = None
     last_batch: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
+    asked: int | None = 0
 
 
 class RunFolder:
@@ -157,9 +160,9 @@ class RunFolder:
         values = self._read_json(file)
         known = set(RunState.__dataclass_fields__)
         state = values.get("state")
-        if not isinstance(state, dict) or set(state) != known:
+        if not isinstance(state, dict) or {*state, "asked"} != known:
             raise ValueError(f"{file}: got JSON without the fields {', '.join(sorted(known))}; {_ELSEWHERE}")
-        return RunState(**state)
+        return RunState(**{"asked": None, **state})
 
     def read_tensors(self) -> dict[str, Tensor]:
         """The tensors that belong to :meth:`read_state`, on the CPU.

@@ -140,6 +140,7 @@ class Loop:
         self.parameters = method.named_parameters()
         self.whole = True
         self.saved_step: int | None = None
+        self._saved: tuple[int, int | None, str | None] | None = None
         self._written = 0
         self._last: Batch | None = None  # of the last complete step
         self._saved_at = time.monotonic()
@@ -152,6 +153,7 @@ class Loop:
             NonFiniteError: a loss or gradient is NaN or infinite; no step was made with it.
         """
         if self.state.stopped is not None:
+            self.method.hand_over()
             return
         options, state = self.options, self.state
         batches = self.source.batches(options.epochs, state.step, state.epoch, state.epoch_step, state.last_batch)
@@ -159,8 +161,10 @@ class Loop:
         if entered is not None:
             self.method.begin_epoch(entered, options.epochs)
         try:
+            if state.step and state.asked != state.step:  # what ended the run's first part came before the answer
+                self._settle(known=state.asked is not None)
             begun = time.perf_counter()
-            for drawn in batches:
+            while state.stopped is None and not stop.requested and (drawn := next(batches, None)) is not None:
                 if drawn.epoch != entered:
                     if entered is not None:
                         self.method.end_epoch(self._forget_pass(), last=False)
@@ -168,14 +172,8 @@ class Loop:
                     entered = drawn.epoch
                 record = self._step(drawn, begun)
                 report.step(state.step, loss=record["total"], samples=record["retain"] + record["forget"])
-                if stopped := self._stopped():
-                    self._end()
-                    state.stopped = stopped  # not before: a state that says so is never gone on from
-                for callback in options.callbacks:
-                    callback(dict(record))
-                if state.stopped is not None or stop.requested:
-                    break
-                if self._due():
+                self._settle()
+                if state.stopped is None and not stop.requested and self._due():
                     self.save()
                 begun = time.perf_counter()
         finally:
@@ -195,9 +193,21 @@ class Loop:
         self.method.prepare(self._forget_pass())
         self.state.seconds += time.perf_counter() - begun
 
+    def _settle(self, *, known: bool = True) -> None:
+        """Ask whether the run is over after this step, then call the callbacks, unless nobody knows if they were."""
+        state = self.state
+        if stopped := self._stopped():
+            self._end()
+            state.stopped = stopped  # not before: a state that says so is never gone on from
+        state.asked = state.step
+        for record in self.history[-1:]:
+            for callback in self.options.callbacks if known and record["step"] == state.step else ():
+                callback(dict(record))
+
     def _end(self) -> None:
         begun = time.perf_counter()
         self.method.end_epoch(self._forget_pass(), last=True)
+        self.method.hand_over()
         self.state.seconds += time.perf_counter() - begun
 
     def _forget_pass(self) -> Iterator[Batch]:
@@ -220,7 +230,15 @@ class Loop:
                 tensors[f"{_OPTIMIZER}{key}.{name}"] = value
         self._append()
         self.folder.save(self.state, tensors)
-        self.saved_step, self._saved_at = self.state.step, time.monotonic()
+        self.saved_step, self._saved, self._saved_at = self.state.step, self._standing(), time.monotonic()
+
+    @property
+    def saved(self) -> bool:
+        """Whether the last checkpoint holds all that is known: a step may be saved before it is asked about."""
+        return self._saved == self._standing()
+
+    def _standing(self) -> tuple[int, int | None, str | None]:
+        return self.state.step, self.state.asked, self.state.stopped
 
     def _append(self) -> None:
         """Write the steps that are not yet in the history."""
@@ -244,7 +262,7 @@ class Loop:
             if key.startswith(_OPTIMIZER):
                 field, _, name = key.removeprefix(_OPTIMIZER).partition(".")
                 state.setdefault(indices[name], {})[field] = value
-        self.saved_step, self._written = self.state.step, len(self.history)
+        self.saved_step, self._saved, self._written = self.state.step, self._standing(), len(self.history)
         self.method.load_state_tensors(method)
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
 
@@ -352,7 +370,8 @@ class Loop:
 
 def _to_device(batch: Batch, device: torch.device) -> Batch:
     inputs = batch.inputs
-    moved = {k: v.to(device) for k, v in inputs.items()} if isinstance(inputs, dict) else inputs.to(device)
+    # A plain dict of any mapping (transformers' BatchEncoding is no dict): that is what a method tells apart.
+    moved = {k: v.to(device) for k, v in inputs.items()} if isinstance(inputs, Mapping) else inputs.to(device)
     return Batch(moved, batch.labels.to(device), batch.forget.to(device))
 
 

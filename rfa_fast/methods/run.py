@@ -297,13 +297,14 @@ class Run:
             loop.method.remove()
             return "nothing was saved, for want of output_dir; the model is as before", None
         lost = ""
-        if loop.whole and loop.saved_step != step:
+        if loop.whole and not loop.saved:
             try:
                 loop.save()
             except OSError as error:
-                lost = f"the state of step {step} could not be saved ({error}); "
-                if stays:
-                    return lost + on_model, handle
+                if loop.saved_step != step:  # otherwise no step is lost, and the run asks about this one again
+                    lost = f"the state of step {step} could not be saved ({error}); "
+                    if stays:
+                        return lost + on_model, handle
             except BaseException:
                 loop.method.remove()
                 raise

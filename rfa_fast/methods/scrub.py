@@ -108,7 +108,6 @@ class SCRUB(WeightsMethod):
 
     def end_epoch(self, forget: Iterator[Batch], *, last: bool) -> None:
         """Keep these weights if their error is closer to the one wished for; at the end take the closest."""
-        super().end_epoch(forget, last=last)
         wished = self.options["rewind"]
         if wished is None:
             return

@@ -14,7 +14,7 @@ the formula has only that group.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
@@ -126,10 +126,9 @@ class WeightsMethod(Method):
         """The buffers: batch norms note their statistics in every forward of train mode."""
         return {name: t.detach() for name, t in self._buffers.items()} if self.options["train_mode"] else {}
 
-    def end_epoch(self, forget: Iterator[Batch], *, last: bool) -> None:
+    def hand_over(self) -> None:
         """What is handed over at the end is in eval mode, merged or not."""
-        if last:
-            self.model.eval()
+        self.model.eval()
 
     def layers(self) -> list[str]:
         """The modules whose parameters are trained, or whose statistics train mode moves.
