@@ -100,7 +100,9 @@ FACTORY = ["{nets}:build", "--data", "images.npz", "--forget-class", "1"]
         pytest.param(
             [*FACTORY, "--rank", "2", "--retrained", "nowhere"], "model: nowhere is no folder here", id="retrained"
         ),
-        pytest.param([*FACTORY, "--output", "images.npz"], "images.npz is a file", id="output is a file"),
+        pytest.param(
+            [*FACTORY, "--output", "images.npz"], "images.npz: got a file, expected a folder", id="output is a file"
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_changes_nothing(place: Path, words: list[str], message: str) -> None:
@@ -319,3 +321,41 @@ def test_what_unlearn_wrote_can_be_compared_with(place: Path) -> None:
     run("unlearn", *words, "--output", "out", *QUICK)
     run("evaluate", *words, "--against", "out/model", "--output", "both", "--no-progress")
     assert set(figures(place / "both")) == {f"{nets(place)}:build", "out/model"}
+
+
+COMMANDS = {
+    "evaluate": ["evaluate", *FACTORY],
+    "unlearn": ["unlearn", *FACTORY],
+    "bench": ["bench", FACTORY[0], "--image-size", "10"],
+    "demo": ["demo"],
+    "experiment": ["experiment", "table1", "--data", "digits", "--quick"],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_place_that_takes_no_results_is_found_before_anything_is_done(
+    command: str, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [word.format(nets=nets(place)) for word in COMMANDS[command]]
+    (place / "file").write_text("")
+    refused = run(*words, "--output", "file/deeper", "--no-progress", code=2)
+    assert "--output: " in refused.stderr
+    assert "got a file, expected a folder, or a name that is free" in refused.stderr
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path).absolute() != place)
+    refused = run(*words, "--output", "new/out", "--no-progress", code=1)
+    assert f"--output: {place} cannot be written to, expected a folder that can" in refused.stderr.replace("\n", "")
+    assert "measured" not in refused.stderr
+    assert not refused.stdout
+
+
+@pytest.mark.usefixtures("without_plots")
+def test_a_table_is_printed_even_where_it_cannot_be_written(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(RunReport, "to_html", full)
+    words = ["evaluate", f"{nets(place)}:build", "--data", "images.npz", "--forget-class", "1", "--no-progress"]
+    ended = run(*words, "--output", "out", code=1)
+    assert "No space left" in ended.stderr
+    assert "Method" in ended.stdout
+    assert "D_ft" in ended.stdout

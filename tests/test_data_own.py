@@ -349,3 +349,17 @@ def test_half_a_character_is_named_by_its_line(tmp_path: Path, field: str) -> No
         load(file, test=file)
     file.write_text(json.dumps(rows[0]))
     assert load(file, test=file).train.texts == ["one 😀"]
+
+
+def test_a_seed_that_is_none_is_refused(tmp_path: Path) -> None:
+    file = csv_of(["a", "b"] * 6, tmp_path / "a.csv")
+    for seed in ("O", 0.0, True):
+        with pytest.raises(TypeError, match=f"seed: got {seed!r}, expected an integer"):
+            load(file, seed=seed)
+
+
+def test_a_layout_is_looked_at_for_grey_images_too(tmp_path: Path) -> None:
+    images, labels = np.zeros((6, 6, 6), np.uint8), np.arange(6) % 2
+    np.savez(tmp_path / "a.npz", x=images, y=labels, x_test=images, y_test=labels)
+    with pytest.raises(ValueError, match="layout: got 'XYZ', expected 'CHW' or 'HWC'"):
+        load(tmp_path / "a.npz", layout="XYZ")

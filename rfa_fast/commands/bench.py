@@ -17,7 +17,7 @@ from torch import nn
 from rfa_fast.commands import options
 from rfa_fast.commands.info import _table
 from rfa_fast.commands.method import refuse_idle_classes, refuse_typed
-from rfa_fast.commands.shell import INTERRUPTED, command_line, reported, results, say
+from rfa_fast.commands.shell import INTERRUPTED, check_output, command_line, reported, results, say
 from rfa_fast.commands.unlearn import _targets
 from rfa_fast.metrics import Forecast
 
@@ -131,7 +131,7 @@ def bench(
         if model is not None:
             refuse_idle_classes(context, model)
         if output is not None:
-            _check_output(output)
+            check_output(output)
         from rfa_fast.experiments.bench import Bench, free_bytes, sentence, size_text
         from rfa_fast.experiments.common import bar
         from rfa_fast.experiments.geometry import batches_for
@@ -234,15 +234,6 @@ def _filled(config: Path, dtype: str, device: torch.device, free: int | None, ne
             "a smaller batch, --checkpointing, or --forecast-only"
         )
     return geometry(config, dtype, str(device))
-
-
-def _check_output(folder: Path) -> None:
-    """Refuse what can be no folder, before anything is measured."""
-    for place in (folder, *folder.parents):
-        if place.exists():
-            if not place.is_dir():
-                raise ValueError(f"--output: {place}: got a file, expected a folder, or a name that is free")
-            return
 
 
 def _circumstances() -> dict[str, Any]:

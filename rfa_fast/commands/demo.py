@@ -10,7 +10,7 @@ import typer
 
 from rfa_fast.commands import options
 from rfa_fast.commands.measure import REPORT_JSON, REPORT_PAGE
-from rfa_fast.commands.shell import reported, results, say
+from rfa_fast.commands.shell import check_output, reported, results, say
 
 
 def demo(
@@ -44,6 +44,7 @@ def demo(
     from rfa_fast.experiments.demo import run
 
     with reported(context, debug=debug):
+        check_output(output)
         report = run(
             forget_class=forget_class, samples=samples, mode=mode,  # type: ignore[arg-type]  # checked there
             seed=seed, output=output, say=say, progress=progress,

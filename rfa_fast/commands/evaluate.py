@@ -12,7 +12,7 @@ from rfa_fast.commands.alike import check_alike, without_weights
 from rfa_fast.commands.inputs import ForgetRequest, ModelRequest, load_data, prepare, settings_of
 from rfa_fast.commands.measure import Measured, Measuring, finish, scenario
 from rfa_fast.commands.method import refuse_idle_length
-from rfa_fast.commands.shell import command_line, reported, results, say
+from rfa_fast.commands.shell import check_output, command_line, reported, results, say
 from rfa_fast.experiments.comparison import machine
 from rfa_fast.report import RunReport
 
@@ -71,6 +71,7 @@ def evaluate(
         --retrained retrained.safetensors
     """
     with reported(context, debug=debug):
+        check_output(output)
         forget = ForgetRequest(forget_class, forget_samples, forget_keyword, forget_ids, split, seed)
         forget.check()
         others = list(against or [])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rfa_fast.commands import options
-from rfa_fast.commands.shell import INTERRUPTED, reported, results, say
+from rfa_fast.commands.shell import INTERRUPTED, check_output, reported, results, say
 
 if TYPE_CHECKING:
     from rfa_fast.experiments.tables.plan import Sizes
@@ -187,6 +187,8 @@ def experiment(
             cache=cache_folder(cache),
         )
         folder = Path("runs", name) if output is None else output
+        check_output(folder)
+        check_output(choice.cache, "--cache")
         try:
             reports = run(
                 choice, folder, budget=seconds, jobs=jobs, threads=threads, forecast_only=forecast_only, say=say,

@@ -140,8 +140,10 @@ def finish(report: RunReport, output: Path, console: Console) -> None:
     """Write the report as JSON and as a page, and print it: a closed pipe then takes nothing away.
 
     Raises:
-        OSError: the folder cannot be written.
+        OSError: the folder cannot be written; the report is printed nevertheless.
     """
-    places = [report.to_json(output / REPORT_JSON), report.to_html(output / REPORT_PAGE)]
-    report.print(console)
+    try:
+        places = [report.to_json(output / REPORT_JSON), report.to_html(output / REPORT_PAGE)]
+    finally:
+        report.print(console)
     say(f"Report: {places[0]} and {places[1]}")

@@ -10,6 +10,7 @@ Exit codes: 0 done, 1 failed on the way (disk, NaN), 2 wrong input, 130 interrup
 
 from __future__ import annotations
 
+import os
 import shlex
 import warnings
 from collections.abc import Iterator
@@ -52,6 +53,23 @@ def say(text: str) -> None:
 def results() -> Console:
     """Where tables go: standard output."""
     return Console()
+
+
+def check_output(folder: Path, name: str = "--output") -> None:
+    """Refuse a folder that results could not go to, before hours go into them.
+
+    Raises:
+        ValueError: a file is there, or in the way to it.
+        PermissionError: it, or the folder it would be made in, cannot be written to.
+
+    Example:
+        >>> check_output(Path("."))
+    """
+    there = next((place for place in (folder, *folder.parents) if place.exists()), Path("."))
+    if not there.is_dir():
+        raise ValueError(f"{name}: {there}: got a file, expected a folder, or a name that is free")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"{name}: {there.absolute()} cannot be written to, expected a folder that can; name another")
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from rfa_fast.commands.early import check_run, check_settings, refuse_other_sett
 from rfa_fast.commands.inputs import ForgetRequest, ModelRequest, Prepared, load_data, prepare, settings_of
 from rfa_fast.commands.measure import REPORT_JSON, REPORT_PAGE, Measured, Measuring, finish, scenario
 from rfa_fast.commands.method import METHOD_NAMES, method_options, refuse_idle_length
-from rfa_fast.commands.shell import command_line, reported, results, say
+from rfa_fast.commands.shell import check_output, command_line, reported, results, say
 from rfa_fast.experiments.comparison import machine
 from rfa_fast.methods import METHODS, NonFiniteError, UnlearnInterrupted, UnlearnResult, checks, hash_model
 from rfa_fast.methods import unlearn as run_unlearn
@@ -176,6 +176,7 @@ def unlearn(
         --method npo --method-option beta=0.5 --lr 1e-5
     """
     with reported(context, debug=debug, output=output):
+        check_output(output)
         forget = ForgetRequest(forget_class, forget_samples, forget_keyword, forget_ids, split, seed)
         forget.check()
         adapting = {

@@ -16,11 +16,14 @@ import torch
 def generator(seed: int, *purpose: object) -> torch.Generator:
     """A CPU generator for one purpose: streams of different seeds and purposes are unrelated.
 
+    Raises:
+        TypeError: a seed that is no integer.
+
     Example:
         >>> generator(0, "a").initial_seed() == generator(0, "b").initial_seed()
         False
     """
-    text = "/".join(str(part) for part in (seed, *purpose))
+    text = "/".join(str(part) for part in (integer("seed", seed), *purpose))
     return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big"))
 
 

@@ -127,6 +127,8 @@ def _npz_images(path: Path, name: str, x: np.ndarray[Any, Any], layout: str | No
     images = unit_pixels(x) if x.dtype == np.uint8 else torch.from_numpy(np.ascontiguousarray(x, np.float32))
     if not bool(images.isfinite().all()):
         raise ValueError(f"{path}: {name}: got NaN or infinity, expected finite values")
+    if layout not in (None, "CHW", "HWC"):
+        raise ValueError(f"layout: got {layout!r}, expected 'CHW' or 'HWC'")
     if x.ndim == 3:
         return images[:, None]
     if layout is None:
@@ -134,6 +136,4 @@ def _npz_images(path: Path, name: str, x: np.ndarray[Any, Any], layout: str | No
         if len(fits) != 1:
             raise ValueError(f"{path}: {name}: got shape {x.shape}, expected layout='CHW' or layout='HWC' to be given")
         layout = fits[0]
-    if layout not in ("CHW", "HWC"):
-        raise ValueError(f"layout: got {layout!r}, expected 'CHW' or 'HWC'")
     return images if layout == "CHW" else images.permute(0, 3, 1, 2).contiguous()

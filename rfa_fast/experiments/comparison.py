@@ -202,19 +202,22 @@ def deliver(report: RunReport, output: str | os.PathLike[str] | None, say: Say =
     """Write `report.json`, `report.html` and `table.txt` into `output`, say so, and give the report back.
 
     Raises:
-        OSError: the folder cannot be written.
+        OSError: the folder cannot be written; the table is said nevertheless.
     """
     if output is not None:
         import io
 
         from rich.console import Console
 
-        folder = Path(output)
-        report.to_json(folder / "report.json")
-        page = report.to_html(folder / "report.html")
-        text = io.StringIO()
+        folder, text = Path(output), io.StringIO()
         report.print(Console(width=120, file=text))
-        write_atomically(folder / "table.txt", text.getvalue())
+        try:
+            report.to_json(folder / "report.json")
+            page = report.to_html(folder / "report.html")
+            write_atomically(folder / "table.txt", text.getvalue())
+        except OSError:
+            say(text.getvalue())
+            raise
         say(f"page: {page}")
     return report
 
