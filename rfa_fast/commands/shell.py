@@ -69,7 +69,8 @@ def check_output(folder: Path, name: str = "--output") -> None:
     if not there.is_dir():
         raise ValueError(f"{name}: {there}: got a file, expected a folder, or a name that is free")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise PermissionError(f"{name}: {there.absolute()} cannot be written to, expected a folder that can; name another")
+        expected = "expected a folder that can; name another"
+        raise PermissionError(f"{name}: {there.absolute()} cannot be written to, {expected}")
 
 
 @contextmanager
