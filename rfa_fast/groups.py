@@ -185,6 +185,7 @@ class GroupContext:
     mean_prediction: Tensor | None = None
     memory: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     seen_retain: bool = False
+    seen_other_shape: bool = False
     head_stands_aside: bool = True
     head_is_aside: bool = False
     reported: tuple[Batch, Mapping[str, tuple[Tensor, Tensor]]] | None = None
@@ -233,6 +234,19 @@ class GroupContext:
                 stacklevel=_outside(),
             )
         self.seen_retain = True
+
+    def note_other_shape(self, name: str) -> None:
+        """Say so once if this batch would need the mean feature of one before, which is of another shape."""
+        if self.seen_other_shape or self.batch is None or self.batch.samples.device.type != "cpu":
+            return
+        if not bool((self.batch.samples == RETAIN).any()):
+            self.seen_other_shape = True
+            warnings.warn(
+                f"layer {name!r}: this batch has no retain sample, and the mean feature of the batches before is of "
+                "another image size or length, so its forget term is 0; use a sampler that puts retain samples into "
+                "every batch",
+                stacklevel=_outside(),
+            )
 
     def report(self, name: str, terms: LayerTerms) -> None:
         """A layer hands in its terms; not a second time."""

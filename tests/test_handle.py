@@ -6,6 +6,7 @@ import copy
 import gc
 import math
 import sys
+import warnings
 import weakref
 from collections import OrderedDict
 
@@ -496,3 +497,22 @@ def test_a_look_without_gradient_leaves_what_the_next_batch_aims_at(
         return rfa.loss(images, LABELS, everything)
 
     assert run(look=True) == run(look=False)
+
+
+def test_a_mean_of_another_image_size_is_said_once(images: Tensor) -> None:
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(images.shape[1], 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 6))
+    rfa = rfa_fast.patch(nn.Sequential(*layers), ["0"], rank=2, seed=0)
+    scatter(rfa)
+    rfa.loss(images, LABELS, FORGET)
+    everything, larger = torch.ones_like(FORGET), torch.nn.functional.interpolate(images, scale_factor=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert rfa.loss(images, LABELS, everything).forget_align > 0
+        rfa.loss(larger, LABELS, FORGET)
+        rfa.loss(images, LABELS, FORGET)
+    with pytest.warns(UserWarning, match=r"layer '0': .* of another image size or length, so its forget term is 0"):
+        assert rfa.loss(larger, LABELS, everything).forget_align == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rfa.loss(larger, LABELS, everything)
