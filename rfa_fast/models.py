@@ -157,11 +157,23 @@ def open_tokenizer(folder: str | os.PathLike[str], *, trust_remote_code: bool = 
         raise ValueError(f"tokenizer: {os.fspath(folder)} has none that can be read ({one_line(error)})") from error
 
 
-def save_model(model: nn.Module, folder: str | os.PathLike[str], tokenizer: Any = None) -> Path:
+def save_model(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    tokenizer: Any = None,
+    preprocessing: str | os.PathLike[str] | None = None,
+) -> Path:
     """Write a model so that :func:`open_model` reads it back; the folder appears whole or not at all.
 
     A transformers model goes through its own `save_pretrained`, with the tokenizer beside it; any other
     becomes `model.safetensors`, its whole state dict. A folder of the same name is replaced.
+
+    Args:
+        model: what is written.
+        folder: where to.
+        tokenizer: of a transformers model.
+        preprocessing: a `preprocessor_config.json` that is copied beside a transformers model: without it, nobody knows
+            how images were shown to the model.
 
     Raises:
         FileExistsError: `folder` is a file.
@@ -184,6 +196,8 @@ def save_model(model: nn.Module, folder: str | os.PathLike[str], tokenizer: Any 
                 model.save_pretrained(partial)  # type: ignore[operator]
             if tokenizer is not None:
                 tokenizer.save_pretrained(partial)
+            if preprocessing is not None:
+                shutil.copyfile(preprocessing, partial / "preprocessor_config.json")
         else:
             save_tensors(model, partial / WEIGHTS_FILE)
         if target.exists():

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from rfa_fast.commands import options
-from rfa_fast.commands.alike import check_alike, without_weights
-from rfa_fast.commands.inputs import ForgetRequest, ModelRequest, load_data, prepare, settings_of
+from rfa_fast.commands.alike import without_weights
+from rfa_fast.commands.inputs import ForgetRequest, ModelRequest, check_other, load_data, prepare, settings_of
 from rfa_fast.commands.measure import Measured, Measuring, finish, scenario
 from rfa_fast.commands.method import refuse_idle_length
 from rfa_fast.commands.shell import check_output, command_line, reported, results, say
@@ -78,27 +78,33 @@ def evaluate(
         if repeated := sorted({name for name in [model, *others] if [model, *others].count(name) > 1}):
             raise ValueError(f"--against: got {', '.join(repeated)} twice, expected each model once")
         request = ModelRequest(model, weights, tokenizer, dtype, trust_remote_code, device)
-        bundle = load_data(data, data_option or [], pad_to=pad_to, channels=channels)
-        refuse_idle_length(context, bundle.kind)
         compared = [] if retrained is None else [("Retrain", "--retrained", retrained)]
         compared += [(name, "--against", name) for name in others]
-        # Opened once before anything is measured, one at a time, and once more to be measured.
-        known = [(flag, without_weights(request.open_other(name, len(bundle.classes)))) for _, flag, name in compared]
+        bundle = load_data(
+            data, data_option or [], pad_to=pad_to, channels=channels, model=model,
+            others=[(flag, name) for _, flag, name in compared],
+        )  # fmt: skip
+        refuse_idle_length(context, bundle.kind)
         opened = request.open(len(bundle.classes))
         prepared = prepare(bundle, forget, opened, max_length=max_length, channels=channels)
         for note in prepared.notes:
             say(note)
-        for flag, other in known:
-            check_alike(flag, other, opened, prepared.data.classes)
+        first = without_weights(opened)
+        if compared:
+            # Each is tried before anything is measured and opened again to be measured: one at a time in memory.
+            del opened
+            for _, flag, name in compared:
+                check_other(flag, request.open_other(flag, name, len(bundle.classes)), first, prepared)
+            opened = request.open(len(bundle.classes))
         measure = Measuring(
-            prepared, eval_batch_size, eval_samples, tuple(prompt or ()), opened.tokenizer, seed, progress
+            prepared, eval_batch_size, eval_samples, tuple(prompt or ()), first.tokenizer, seed, progress
         )
         if prompt and not others:
             raise ValueError("--prompt: got one without --against, expected a second model whose text stands beside it")
         rows: dict[str, tuple[Measured, float | None]] = {model: (measure(opened.model, model), None)}
         del opened  # one model in memory at a time
-        for label, _, name in compared:
-            rows[label] = (measure(request.open_other(name, len(bundle.classes)).model, label), None)
+        for label, flag, name in compared:
+            rows[label] = (measure(request.open_other(flag, name, len(bundle.classes)).model, label), None)
         second = others[0] if others else None
         notes = [] if len(others) < 2 else [f"The plots show {model} and {second}."]
         shown = scenario(

@@ -8,20 +8,19 @@ note and printed; none changes which samples there are.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from rfa_fast.commands.alike import check_alike
+from rfa_fast.commands.fitting import fitting, in_model_order, too_few, with_channels
 from rfa_fast.commands.texts import cut_notes, tokens_of
 from rfa_fast.data import (
     DataBundle,
-    ImageDataset,
     Split,
     collate,
     collate_text,
@@ -31,12 +30,14 @@ from rfa_fast.data import (
     split_by_keyword,
     split_by_sample,
 )
+from rfa_fast.data.preprocessing import shown_to
 from rfa_fast.data.sources import read_text
 from rfa_fast.experiments.common import thinned
 from rfa_fast.experiments.comparison import json_or_text
 from rfa_fast.methods import checks
 from rfa_fast.metrics import predict
 from rfa_fast.models import OpenedModel, open_model
+from rfa_fast.weights import check_weights_file, fill, read_state
 
 IMAGE_BATCH, TEXT_BATCH = 256, 32
 _WITH_TEST = (".jsonl", ".csv")  # read by loaders with the option test
@@ -70,11 +71,23 @@ class ModelRequest:
             opened.model.to(checks.device_of(opened.model, self.device))
         return opened
 
-    def open_other(self, name: str, classes: int | None) -> OpenedModel:
-        """Another model to compare with: weights or an adapter for this one's architecture, or a model of its own."""
+    def open_other(self, flag: str, name: str, classes: int | None) -> OpenedModel:
+        """Another model to compare with: weights or an adapter for this one's architecture, or a model of its own.
+
+        Raises:
+            ValueError, TypeError, FileNotFoundError: as :meth:`open`, under the flag that named it.
+        """
+        try:
+            return replace(self._other(name, classes), name=name)
+        except (ValueError, TypeError, FileNotFoundError) as error:
+            # A subclass may want other arguments (UnicodeDecodeError takes five): raise the plain kind.
+            kind = next(kind for kind in (FileNotFoundError, TypeError, ValueError) if isinstance(error, kind))
+            raise kind(f"{flag}: {str(error).removeprefix('weights: ')}") from error
+
+    def _other(self, name: str, classes: int | None) -> OpenedModel:
         path = Path(name)
         if path.suffix == ".safetensors":
-            return replace(self, weights=path).open(classes)
+            return self._filled(path, classes)
         if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
             from rfa_fast.adapters import load as load_adapter
 
@@ -83,8 +96,17 @@ class ModelRequest:
             return opened
         alone = path / "model.safetensors"  # as unlearn writes a model that has no configuration
         if alone.is_file() and not (path / "config.json").is_file():
-            return replace(self, weights=alone).open(classes)
+            return self._filled(alone, classes)
         return replace(self, name=name, weights=None).open(classes)
+
+    def _filled(self, file: Path, classes: int | None) -> OpenedModel:
+        """This model with the weights of a file in the place of its own; torchvision's has none without a file."""
+        check_weights_file(file)
+        if self.name.startswith("torchvision:"):
+            return replace(self, weights=file).open(classes)
+        opened = self.open(classes)
+        fill(opened.model, read_state(file), str(file))
+        return opened
 
 
 @dataclass(frozen=True)
@@ -190,19 +212,37 @@ class Prepared:
         return {n: Subset(s.dataset, thinned(list(s.indices), limit)) for n, s in self.subsets.items()}
 
 
-def load_data(name: str, options: Sequence[str], *, pad_to: int | None, channels: int | None) -> DataBundle:
-    """The data, with the options as they were typed.
+def load_data(
+    name: str,
+    options: Sequence[str],
+    *,
+    pad_to: int | None,
+    channels: int | None,
+    model: str | None = None,
+    others: Sequence[tuple[str, str]] = (),
+) -> DataBundle:
+    """The data, with the options as they were typed; a folder of images otherwise as its model's folder says.
+
+    Args:
+        name: as :func:`rfa_fast.data.load` takes it.
+        options: `KEY=VALUE`.
+        pad_to, channels: as typed, `None` when not.
+        model: the word that the model is opened by.
+        others: flag and word of the models to compare with, as :func:`rfa_fast.data.preprocessing.shown_to`.
 
     Raises:
         FileNotFoundError: a path that does not exist, or a known set that is not installed.
-        ValueError, TypeError: an option that is no KEY=VALUE or that the loader does not have.
+        ValueError, TypeError: an option that is no KEY=VALUE or that the loader does not have; what the model's folder
+            says cannot be followed.
     """
     given: dict[str, Any] = {"pad_to": pad_to, "channels": channels}
     given = {key: value for key, value in given.items() if value is not None}
     for option in options:
         key, value = key_and_value("--data-option", option)
         given[key] = value
-    return load(name, **given)
+    asked, notes = ({}, []) if model is None else shown_to(name, model, given, others)
+    bundle = load(name, **given, **asked)
+    return replace(bundle, notes=(*notes, *bundle.notes))
 
 
 def prepare(
@@ -225,13 +265,13 @@ def prepare(
     text = data.kind == "text"
     if (text and opened.task == "image") or (not text and opened.task in ("text", "language")):
         raise ValueError(f"--data: got {data.name}, a set of {data.kind}s, for {opened.name}, a model of {opened.task}")
-    data = _in_model_order(data, opened, notes)
+    data = in_model_order(data, opened, notes)
     _check_classes(data, opened)
     split = request.make(data)
     shown: list[Dataset[Any]] = []
     for part in (data.train, data.test):
         if not text:
-            shown.append(_with_channels(part, opened.model, channels))
+            shown.append(with_channels(part, opened.model, channels))
             continue
         tokens = tokens_of(part, opened, max_length, data.name)
         shown.append(tokens)
@@ -242,65 +282,59 @@ def prepare(
     return prepared
 
 
+def check_other(flag: str, other: OpenedModel, first: OpenedModel, prepared: Prepared) -> None:
+    """Check that a model to compare with takes what was prepared for the first; it is run on a sample.
+
+    Args:
+        flag: of the command line that named `other`.
+        other: the model to compare with.
+        first: what is known about the one that the data were prepared for.
+        prepared: the data.
+
+    Raises:
+        ValueError: another task, labels or tokens in another order, fewer classes, or it cannot be run on a sample.
+    """
+    if "unknown" not in (first.task, other.task) and other.task != first.task:
+        raise ValueError(
+            f"{flag}: got {other.name}, a model of {other.task}, expected one of {first.task}, as {first.name}; it "
+            "cannot be measured on the same labels, evaluate it by itself"
+        )
+    check_alike(flag, other, first, prepared.data.classes)
+    named = replace(other, name=f"{flag}: {other.name}")
+    _check_classes(prepared.data, named)
+    _check_takes(named, prepared)
+
+
 def _check_takes(opened: OpenedModel, prepared: Prepared) -> None:
-    """The model can be run on a sample of the data, of texts the longest."""
+    """The model can be run on a sample of the data, of texts the longest, and has a class for each label."""
     one = next(iter(prepared.measured(1).values()))
     if prepared.text:
         shown: list[Any] = [subset.dataset for subset in prepared.subsets.values()]
         longest = max(shown, key=lambda tokens: int(tokens.attention_mask.sum(1).max()))
         one = Subset(longest, [int(longest.attention_mask.sum(1).argmax())])
+    batch: Any = (collate_text if prepared.text else collate)([one[0]])
+    if prepared.text and not prepared.language:
+        batch["labels"] = torch.zeros_like(batch["labels"])  # a class that it lacks is told from a failure below
+    elif not prepared.text:
+        batch = (batch[0], torch.zeros_like(batch[1]))
     try:
-        predict(opened.model, DataLoader(one, 1, collate_fn=collate_text if prepared.text else collate))
+        found = predict(opened.model, [batch]).probabilities
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, AssertionError, IndexError) as error:
+    except (RuntimeError, AssertionError, IndexError, ValueError, TypeError) as error:
         why = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ValueError(
-            f"{opened.name}: cannot take a sample of {prepared.data.name} ({why}); expected data of the size and "
-            "channels that it was made for, see --pad-to, --channels and --max-length"
+            f"{opened.name}: cannot take a sample of {prepared.data.name} ({why}); expected {fitting(prepared.data)}"
         ) from error
-
-
-def _with_channels(part: Dataset[Any], model: nn.Module, channels: int | None) -> Dataset[Any]:
-    """Grey images as many channels as the model's first convolution takes, unless that was said."""
-    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
-    if first is None or channels is not None or not isinstance(part, ImageDataset):
-        return part
-    if part.channels == first.in_channels or part.images.shape[1] != 1:
-        return part
-    changed = copy.copy(part)
-    changed.channels = first.in_channels
-    return changed
-
-
-def _in_model_order(data: DataBundle, opened: OpenedModel, notes: list[str]) -> DataBundle:
-    """The labels renumbered where the model has the same class names in another order."""
-    if not opened.labels or opened.task == "language" or opened.labels == data.classes:
-        return data
-    theirs = {name.casefold(): index for index, name in enumerate(opened.labels)}
-    if len(theirs) < len(opened.labels) or any(name.casefold() not in theirs for name in data.classes):
-        if all(name.isdecimal() for name in data.classes):
-            return data
-        notes.append(
-            f"the model's classes ({', '.join(opened.labels[:5])}, …) are not the data's; labels are taken by index"
-        )
-        return data
-    order = [theirs[name.casefold()] for name in data.classes]
-    if order == list(range(len(order))):
-        return data
-    notes.append("labels renumbered in the order of the model's class names")
-    parts = []
-    for part in (data.train, data.test):
-        part = copy.copy(part)
-        part.labels, part.classes = [order[label] for label in part.labels], opened.labels
-        parts.append(part)
-    return replace(data, train=parts[0], test=parts[1], classes=opened.labels)
+    data = prepared.data
+    if found is not None and found.shape[1] <= max(max(part.labels) for part in (data.train, data.test)):
+        raise too_few(opened, found.shape[1], data)
 
 
 def _check_classes(data: DataBundle, opened: OpenedModel) -> None:
     known = getattr(getattr(opened.model, "config", None), "num_labels", None)
     if opened.task in ("text", "image") and isinstance(known, int) and known < len(data.classes):
-        raise ValueError(f"{opened.name}: has {known} classes, expected {len(data.classes)}, those of {data.name}")
+        raise too_few(opened, known, data)
 
 
 def _split_by_ids(data: DataBundle, path: Path) -> Split:

@@ -41,7 +41,8 @@ Data = Annotated[
 DataOption = Annotated[
     list[str] | None,
     typer.Option(metavar="KEY=VALUE", help="An option of the data's loader, such as test_fraction=0.1 or "
-                 'topics=["starwars"]. Repeatable.', rich_help_panel=MODEL_AND_DATA, show_default=False),
+                 'topics=["starwars"]; size and normalise of a folder of images are by default as the model\'s '
+                 "preprocessor_config.json says. Repeatable.", rich_help_panel=MODEL_AND_DATA, show_default=False),
 ]  # fmt: skip
 PadTo = Annotated[
     int | None,

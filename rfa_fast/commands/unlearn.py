@@ -15,12 +15,20 @@ import typer
 from torch import nn
 
 from rfa_fast.commands import options
-from rfa_fast.commands.alike import check_alike
 from rfa_fast.commands.early import check_run, check_settings, refuse_other_settings
-from rfa_fast.commands.inputs import ForgetRequest, ModelRequest, Prepared, load_data, prepare, settings_of
+from rfa_fast.commands.inputs import (
+    ForgetRequest,
+    ModelRequest,
+    Prepared,
+    check_other,
+    load_data,
+    prepare,
+    settings_of,
+)
 from rfa_fast.commands.measure import REPORT_JSON, REPORT_PAGE, Measured, Measuring, finish, scenario
 from rfa_fast.commands.method import METHOD_NAMES, method_options, refuse_idle_length
 from rfa_fast.commands.shell import check_output, command_line, reported, results, say
+from rfa_fast.data.preprocessing import preprocessing_file
 from rfa_fast.experiments.comparison import machine
 from rfa_fast.methods import METHODS, NonFiniteError, UnlearnInterrupted, UnlearnResult, checks, hash_model
 from rfa_fast.methods import unlearn as run_unlearn
@@ -194,7 +202,10 @@ def unlearn(
         check_settings(settings, checkpoint_every)
         _refuse_other_run(output, resume=resume)
         request = ModelRequest(model, weights, tokenizer, dtype, trust_remote_code, device)
-        bundle = load_data(data, data_option or [], pad_to=pad_to, channels=channels)
+        bundle = load_data(
+            data, data_option or [], pad_to=pad_to, channels=channels, model=model,
+            others=[] if retrained is None else [("--retrained", retrained)],
+        )  # fmt: skip
         refuse_idle_length(context, bundle.kind)
         opened = request.open(len(bundle.classes))
         prepared = prepare(bundle, forget, opened, max_length=max_length, channels=channels)
@@ -208,8 +219,8 @@ def unlearn(
             refuse_other_settings(output, opened.model, source, settings, merge=not keep_adapter)
         reference = None
         if retrained is not None:
-            other = request.open_other(retrained, len(bundle.classes))
-            check_alike("--retrained", other, opened, prepared.data.classes)
+            other = request.open_other("--retrained", retrained, len(bundle.classes))
+            check_other("--retrained", other, opened, prepared)
             reference = measure(other.model, "Retrain")
             del other
         measured = [measure(opened.model, "Before")] if resume else []
@@ -230,7 +241,7 @@ def unlearn(
             raise
         prepared.split.save(output / SPLIT_FILE)
         if not keep_adapter:
-            save_model(opened.model, output / MODEL_FOLDER, opened.tokenizer)
+            save_model(opened.model, output / MODEL_FOLDER, opened.tokenizer, preprocessing_file(model))
         notes = list(prepared.notes)
         moved = _distances(request, result, prepared, measure, notes) if distances else {}
         finish(

@@ -99,7 +99,8 @@ def load_image_folder(
         root: the folder. Classes are in alphabetical order.
         size: height and width, in pixels.
         normalise: `"train"`: by mean and standard deviation of the training images, which costs one pass
-            over them; `"none"`: keep [0, 1]; or `(mean, std)`, three numbers each, as the model was trained.
+            over them; `"none"`: keep [0, 1]; or `(mean, std)`, three numbers each, as the model was trained; the
+            commands take both options from the model's folder (:mod:`rfa_fast.data.preprocessing`).
         test_fraction, seed: where there is no test folder, this share of each class is the test set.
 
     Raises:
