@@ -13,6 +13,8 @@ to standard output, everything said on the way to standard error.
 
 from __future__ import annotations
 
+import io
+import sys
 from typing import Annotated
 
 import typer
@@ -65,4 +67,7 @@ def main() -> None:
     Raises:
         SystemExit: always.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal or a file that knows no α gets a ? for it
+            stream.reconfigure(errors="replace")
     app(prog_name="rfa-fast")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 import sys
@@ -359,3 +360,12 @@ def test_a_table_is_printed_even_where_it_cannot_be_written(place: Path, monkeyp
     assert "No space left" in ended.stderr
     assert "Method" in ended.stdout
     assert "D_ft" in ended.stdout
+
+
+def test_a_stream_that_knows_no_greek_gets_the_help_nevertheless() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-m", "rfa_fast", "unlearn", "--help"], capture_output=True, timeout=120, check=False,
+        env={**os.environ, "PYTHONIOENCODING": "cp1252"},
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    assert b"--forget-class" in ended.stdout

@@ -363,3 +363,11 @@ def test_a_layout_is_looked_at_for_grey_images_too(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", x=images, y=labels, x_test=images, y_test=labels)
     with pytest.raises(ValueError, match="layout: got 'XYZ', expected 'CHW' or 'HWC'"):
         load(tmp_path / "a.npz", layout="XYZ")
+
+
+@pytest.mark.parametrize("value", ["[" * 100_000, "1" * 5_000], ids=["deep", "long"])
+def test_json_that_python_gives_up_on_is_an_error_of_its_line(tmp_path: Path, value: str) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"text": "x", "label": 0}\n{"text": "y", "label": ' + value + "}\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 2: got .*, expected a JSON object"):
+        load(file, test=file)

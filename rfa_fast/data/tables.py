@@ -152,7 +152,7 @@ def json_lines(path: Path, content: str) -> Iterator[tuple[int, dict[str, Any]]]
             continue
         try:
             values = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # an integer of thousands of digits is no JSONDecodeError
             raise ValueError(f"{path}, line {number}: got {error}, expected a JSON object") from error
         if not isinstance(values, dict):
             raise ValueError(f"{path}, line {number}: got {type(values).__name__}, expected a JSON object")
@@ -226,7 +226,7 @@ def suffix_of(path: Path) -> str | None:
 def _listed(path: Path, text: str) -> list[Row]:
     try:
         values = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: got {error}, expected a JSON list of objects; is the file cut short?") from error
     for i, value in enumerate(values, 1):
         if not isinstance(value, dict):
