@@ -330,3 +330,14 @@ def test_labels_from_one_name_the_remedy(place: Path) -> None:
     assert "bert: has 3 classes, expected 4, those of t" in refused
     assert "--data-option classes=[1,2,3]" in refused
     run(*words, "--data-option", "classes=[1,2,3]")
+
+
+def test_a_known_set_says_what_the_model_s_file_asks_for(place: Path) -> None:
+    (place / "model").mkdir()
+    preprocessing(place / "model", image_mean=[0.5] * 3, image_std=[0.25] * 3)
+    (note, *_) = load_data("digits", [], pad_to=None, channels=None, model="model").notes
+    assert "preprocessor_config.json asks for normalise=[[0.5, 0.5, 0.5], [0.25, 0.25, 0.25]]" in note
+    assert "digits is normalised by its own" in note
+    typed = load_data("digits", ["normalise=[[0.5],[0.25]]"], pad_to=None, channels=None, model="model")
+    assert not any("asks for" in note for note in typed.notes)
+    assert not load_data("digits", [], pad_to=None, channels=None, model=None).notes[0].startswith("model")

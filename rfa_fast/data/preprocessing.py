@@ -52,7 +52,8 @@ def shown_to(
     """The options `size` and `normalise` of a folder of images that its model's folder asks for, and notes on them.
 
     Args:
-        data: the word that the data are loaded by; for anything but a folder of images there are none.
+        data: the word that the data are loaded by; for anything but a folder of images there are none, and of
+            images a note on what the model's folder asks for.
         model: the word that the model is opened by.
         typed: names of the options that the user gave, which are left alone.
         others: flag and word of the models to compare with.
@@ -70,7 +71,7 @@ def shown_to(
         {'normalise': [[0.5, 0.5, 0.5], [0.25, 0.25, 0.25]]}
     """
     if not _is_image_folder(data):
-        return {}, []
+        return {}, _advice(data, model, typed)
     options, notes = _asked_for(model, typed)
     for flag, other in others:
         for option, value in _asked_for(other, typed)[0].items():
@@ -86,6 +87,21 @@ def shown_to(
 def _is_image_folder(data: str) -> bool:
     path = Path(data)
     return path.is_dir() and path.suffix.lower() not in _FILES and data not in [info.name for info in available()]
+
+
+def _advice(data: str, model: str, typed: Collection[str]) -> list[str]:
+    """What a set of images, which comes in its own size and number of channels, is not normalised by unasked."""
+    images = [info.name for info in available() if info.kind == "image"]
+    file = preprocessing_file(model)
+    if file is None or "normalise" in typed or not (data in images or Path(data).suffix.lower() == ".npz"):
+        return []
+    normalise = _normalise(file, _read(file))
+    if normalise is None:
+        return []
+    return [
+        f"{file} asks for normalise={normalise}; {data} is normalised by its own mean and standard deviation, "
+        "--data-option normalise=…, one number per channel, shows it as the model was trained"
+    ]
 
 
 def _folder_of(model: str) -> Path | None:
