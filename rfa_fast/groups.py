@@ -235,11 +235,11 @@ class GroupContext:
             )
         self.seen_retain = True
 
-    def note_other_shape(self, name: str) -> None:
-        """Say so once if this batch would need the mean feature of one before, which is of another shape."""
-        if self.seen_other_shape or self.batch is None or self.batch.samples.device.type != "cpu":
+    def note_other_shape(self, name: str, batch: Batch | None) -> None:
+        """Say so once if a batch would need the mean feature of one before, which is of another shape."""
+        if self.seen_other_shape or batch is None or batch.samples.device.type != "cpu":
             return
-        if not bool((self.batch.samples == RETAIN).any()):
+        if not bool((batch.samples == RETAIN).any()):
             self.seen_other_shape = True
             warnings.warn(
                 f"layer {name!r}: this batch has no retain sample, and the mean feature of the batches before is of "

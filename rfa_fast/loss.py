@@ -177,23 +177,8 @@ def keep(layers: Mapping[str, RFALayer], context: GroupContext, means: Means, te
     A loss without gradient is a look at the model: what is trained next aims at what it would have aimed at.
     """
     for name, (mean, known) in means.items() if torch.is_grad_enabled() else ():
-        layers[name].feature_mean, layers[name].feature_mean_known = plain(mean.detach()), plain(known)
+        layers[name].feature_mean, layers[name].feature_mean_known = mean.detach(), known
     context.losses = {name: LayerTerms(t.retain.detach(), t.forget.detach()) for name, t in terms.items()}
-
-
-def plain(tensor: Tensor) -> Tensor:
-    """One that autograd takes: a copy of what was computed in inference mode.
-
-    Example:
-        >>> with torch.inference_mode():
-        ...     mean = torch.zeros(2)
-        >>> mean.is_inference(), plain(mean).is_inference()
-        (True, False)
-    """
-    if torch.compiler.is_compiling() or not tensor.is_inference():
-        return tensor
-    with torch.inference_mode(False):
-        return tensor.clone()
 
 
 @contextmanager

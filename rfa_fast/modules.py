@@ -177,8 +177,8 @@ class RFALayer(nn.Module):
                 target, known = torch.where(usable, fresh, stored.to(fresh)), usable | stored_known
             else:
                 target, known = torch.where(usable, fresh, 0), usable
-                if stored is not None and not torch.compiler.is_compiling():
-                    self.rfa_context.note_other_shape(self.rfa_name)
+                if stored is not None and self.rfa_context.expects_gradient and not torch.compiler.is_compiling():
+                    self.rfa_context.note_other_shape(self.rfa_name, self.rfa_context.batch)
             self.rfa_context.means[self.rfa_name] = (target, known)
             return target, known.reshape(known.shape[:1]) if known.numel() > 1 else known.reshape(())
 

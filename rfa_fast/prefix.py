@@ -27,6 +27,11 @@ from rfa_fast.handed import Handed, given, send, version
 from rfa_fast.head import logits_of
 from rfa_fast.padding import Inputs
 
+_FROZEN = (
+    "expected it frozen: what it gives would be kept from before its update, without a gradient. Freeze it, or take "
+    "the cache off"
+)
+
 
 class _Done(Exception):
     """The prefix has returned."""
@@ -61,9 +66,6 @@ class Prefix:
             names.append(block)
         self.names = tuple(names)
         self._blocks = [model.get_submodule(name) for name in names]
-        # By the order in which they are registered, all that runs up to the end of the prefix.
-        last = [at for at, name in enumerate(order) if names and f"{name}.".startswith(f"{names[-1]}.")]
-        self._until = list(model.named_modules())[: last[-1] + 1] if last else []
         self._adapted = [model.get_submodule(name) for name in adapted]
         self._functions: tuple[list[Any], list[Callable[..., Any]]] = [], []
         # Whether the original model's outputs do for the adapted one; `None`: no batch has shown it yet.
@@ -81,8 +83,8 @@ class Prefix:
         Entered before a compiled function is called, not inside it: inductor merges equal computations, but not
         attention's, and so nothing behind the first block. The functions are the same from one batch to the next,
         for that is what a compiled graph asks of a module's forward. Inference mode does not count what is written
-        into, blocks compiled one by one take no handed tensors, and what is trained in the prefix or before it wants a
-        gradient, which the original model's outputs do not pass on: these run the prefix twice.
+        into, blocks compiled one by one take no handed tensors, and what is trained in the prefix or in front of it
+        wants a gradient, which the original model's outputs do not pass on: these run the prefix twice.
         """
         idle = not self._blocks or context.config.mode != "teacher" or torch.is_inference_mode_enabled()
         if idle or self._trained() or any(block._compiled_call_impl is not None for block in self._blocks):
@@ -100,25 +102,21 @@ class Prefix:
             context.prefix_outputs = {}
 
     def _trained(self) -> str | None:
-        """The first parameter in the prefix, or registered before its end, that is to get a gradient."""
-        for name, module in self._until:
-            for key, parameter in module._parameters.items():
-                if parameter is not None and parameter.requires_grad:
-                    return f"{name}.{key}" if name else key
+        """The first parameter of the prefix that is to get a gradient."""
+        for name, block in zip(self.names, self._blocks, strict=True):
+            for key, parameter in block.named_parameters():
+                if parameter.requires_grad:
+                    return f"{name}.{key}"
         return None
 
     def check_frozen(self, inputs: Inputs) -> None:
         """That a cache, which passes no gradient on, leaves nothing without one.
 
         Raises:
-            ValueError: a parameter or an input that is to get a gradient through the prefix.
+            ValueError: a parameter of the prefix, or an input, that is to get a gradient.
         """
         if (name := self._trained()) is not None:
-            raise ValueError(
-                f"cache_prefix: got {name!r} to train, which lies in front of the adapted layers, expected it frozen: "
-                "what it gives would be kept from before its update, without a gradient. Freeze it, or take the cache "
-                "off"
-            )
+            raise ValueError(f"cache_prefix: got {name!r} to train, {_FROZEN}")
         if asks_gradient(inputs):
             raise ValueError(
                 "cache_prefix: got inputs with requires_grad, expected ones without: a cache passes no gradient on"
@@ -164,6 +162,8 @@ class Prefix:
 
         def running(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
+                _check_no_gradient(name, args, kwargs)
+                torch.set_grad_enabled(False)  # for the rest of the forward
                 if name in ran:
                     refuse(f"calls block {name!r} twice", "one call of each")
                 ran.append(name)
@@ -192,7 +192,8 @@ class Prefix:
         hooks = [layer.register_forward_pre_hook(early) for layer in self._adapted]
         whole: Any = None
         try:
-            with in_front(self._blocks, functions), torch.no_grad(), aside():
+            # With gradient up to the first block, to see whether anything in front of it is trained.
+            with in_front(self._blocks, functions), torch.enable_grad(), aside():
                 whole = model(inputs) if isinstance(inputs, Tensor) else model(**inputs)
         except _Done:
             pass
@@ -222,10 +223,15 @@ class Prefix:
     def answered(self, context: GroupContext) -> Iterator[None]:
         """Let every block of the prefix answer with `context.prefix_output`, which is the last one's."""
 
-        def answer(*_: Any, **__: Any) -> Any:
-            return context.prefix_output
+        def answering(name: str) -> Callable[..., Any]:
+            def answer(*args: Any, **kwargs: Any) -> Any:
+                if not torch.compiler.is_compiling():  # a compiled step has run once without by then
+                    _check_no_gradient(name, args, kwargs)
+                return context.prefix_output
 
-        with in_front(self._blocks, [answer] * len(self._blocks)):
+            return answer
+
+        with in_front(self._blocks, [answering(name) for name in self.names]):
             yield
 
     def _answering(self, index: int, original: Callable[..., Any], context: GroupContext) -> Callable[..., Any]:
@@ -238,6 +244,8 @@ class Prefix:
                     context.original_output = None
                 # Nothing: the original model itself, a forward that it did not run before, or a late block.
                 if not context.enabled or index not in context.prefix_outputs:
+                    return original(*args, **kwargs)
+                if wants_gradient((args, kwargs)):  # and so do the blocks behind this one, which get its output
                     return original(*args, **kwargs)
                 return context.prefix_outputs[index]
             # Behind an adapted layer, whatever the order they are registered in: its output is the original model's.
@@ -305,6 +313,28 @@ class _Kept:
         if isinstance(sent, Handed) and any(isinstance(tensor, Handed) for tensor in _tensors(self._output)):
             sent.read()
         return self._output
+
+
+def wants_gradient(arguments: Any) -> bool:
+    """Whether what a block is called with comes from something that is trained.
+
+    A leaf that is no parameter is nobody's: `enable_input_require_grads` makes such of embeddings. A model's own inputs
+    are looked at by :func:`asks_gradient`.
+
+    Example:
+        >>> prompt = nn.Parameter(torch.zeros(1))
+        >>> wants_gradient([prompt + 1]), wants_gradient([torch.zeros(1, requires_grad=True)])
+        (True, False)
+    """
+    return torch.is_grad_enabled() and any(
+        tensor.requires_grad and (not tensor.is_leaf or isinstance(tensor, nn.Parameter))
+        for tensor in _tensors(arguments)
+    )
+
+
+def _check_no_gradient(block: str, args: Any, kwargs: Any) -> None:
+    if wants_gradient((args, kwargs)):
+        raise ValueError(f"cache_prefix: got something to train in front of block {block!r}, {_FROZEN}")
 
 
 def asks_gradient(inputs: Any) -> bool:

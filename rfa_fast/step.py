@@ -180,7 +180,7 @@ class Step:
         """
         rfa, context = self.rfa, self.rfa._context
         rfa._check_enabled()
-        warn_unaveraged()
+        warn_unaveraged(rfa.model, rfa.parameters())
         self._ask()
         device = rfa._device()
         batch = prepare(rfa.config, inputs, labels, forget, valid, device)
@@ -286,6 +286,8 @@ class Step:
         for name, (mean, known) in remembered(rfa.layers).items():
             if name in blank and mean.shape == blank[name][0].shape and known.shape == blank[name][1].shape:
                 memory[name] = mean, known
+            else:
+                context.note_other_shape(name, batch)
         known = context.prediction_on(rfa._device())
         return memory, nothing if known is None else known
 

@@ -499,8 +499,10 @@ def test_a_look_without_gradient_leaves_what_the_next_batch_aims_at(
     assert run(look=True) == run(look=False)
 
 
-def test_a_mean_of_another_image_size_is_said_once(images: Tensor) -> None:
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_mean_of_another_image_size_is_said_once(images: Tensor, compiled: bool) -> None:
     torch.manual_seed(0)
+    torch._dynamo.reset()
     layers = (nn.Conv2d(images.shape[1], 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 6))
     rfa = rfa_fast.patch(nn.Sequential(*layers), ["0"], rank=2, seed=0)
     scatter(rfa)
@@ -511,6 +513,13 @@ def test_a_mean_of_another_image_size_is_said_once(images: Tensor) -> None:
         assert rfa.loss(images, LABELS, everything).forget_align > 0
         rfa.loss(larger, LABELS, FORGET)
         rfa.loss(images, LABELS, FORGET)
+        with torch.no_grad():  # a look
+            rfa.loss(larger, LABELS, everything)
+    if compiled:
+        step = rfa_fast.compile_step(rfa, torch.optim.SGD(rfa.parameters(), lr=0.0), backend="aot_eager")
+        with pytest.warns(UserWarning, match=r"layer '0': .* of another image size"):
+            step(larger, LABELS, everything)
+        return
     with pytest.warns(UserWarning, match=r"layer '0': .* of another image size or length, so its forget term is 0"):
         assert rfa.loss(larger, LABELS, everything).forget_align == 0
     with warnings.catch_warnings():

@@ -222,3 +222,79 @@ def test_a_batch_of_one_sample_trains_past_a_batch_norm():
     result = train(model, Subset(DATA, [0, 1, 2]), batch_size=2, progress=False)
     assert [record["samples"] for record in result.history] == [2, 1]
     assert int(model[1].num_batches_tracked) == 1
+
+
+class Sine(nn.Linear):
+    """Its reset reads a buffer."""
+
+    def __init__(self, inputs, outputs):
+        self.__dict__["ready"] = False
+        super().__init__(inputs, outputs)
+        self.register_buffer("omega", torch.tensor(4.0))
+        self.ready = True
+
+    def reset_parameters(self):
+        if self.ready:
+            nn.init.uniform_(self.weight, -1 / self.omega.item(), 1 / self.omega.item())
+            nn.init.zeros_(self.bias)
+
+
+def test_a_reset_that_reads_a_buffer_finds_it_there():
+    model = nn.Sequential(Sine(4, 8))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fresh = initial_tensors(model, 0)
+    assert 0.2 < fresh["0.weight"].abs().max() <= 0.25
+    assert fresh["0.omega"] == 4.0
+
+
+def test_the_callers_own_epochs_are_counted_on():
+    seen = []
+
+    class Noting(Dataset):
+        def __len__(self):
+            return 8
+
+        def __getitem__(self, index):
+            seen.append(index)
+            return DATA[index]
+
+    sampler = DistributedSampler(Noting(), 1, 0, seed=0)
+    for epoch in range(3):
+        sampler.set_epoch(2 * epoch)
+        train(network(), DataLoader(Noting(), batch_size=4, sampler=sampler), epochs=2, progress=False)
+    orders = [tuple(seen[i : i + 8]) for i in range(0, 48, 8)]
+    assert len(set(orders)) == 6
+    plain = []
+    for epoch in range(6):
+        sampler.set_epoch(epoch)
+        plain.append(tuple(sampler))
+    assert orders == plain
+
+
+class Dropping(nn.Module):
+    """Lets go of a buffer in its first forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("cache", torch.zeros(2))
+
+    def forward(self, x):
+        self.cache = None
+        return x
+
+
+def test_a_buffer_that_is_gone_hides_no_error():
+    inputs = torch.randn(16, 4, generator=torch.Generator().manual_seed(1))
+    data = TensorDataset(inputs, torch.arange(16) % 3)
+    model = nn.Sequential(Dropping(), nn.Linear(4, 3))
+    calls = []
+
+    def spoil(record):
+        calls.append(record["step"])
+        model[1].weight.data[0] = torch.nan
+
+    with pytest.raises(FloatingPointError, match="step 2: loss nan"):
+        train(model, data, batch_size=8, progress=False, callbacks=[spoil])
+    assert calls == [1]
+    assert model[0].cache is None

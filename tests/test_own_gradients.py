@@ -9,7 +9,9 @@ import warnings
 import pytest
 import torch
 from step_cases import TinyBlocks, tiny_language_model
+from torch import nn
 from torch.nn import functional as F
+from transformers import OPTConfig, OPTForCausalLM
 
 import rfa_fast
 from rfa_fast import functional
@@ -130,7 +132,9 @@ def test_a_cache_refuses_what_would_be_trained_in_front_of_it():
         rfa, torch.optim.SGD(rfa.parameters(), lr=0.1), compile=False, cache_prefix=PrefixCache(samples=4)
     )
     embedding_of(model).requires_grad_()
-    with pytest.raises(ValueError, match=r"embed_tokens\.weight' to train.*Freeze it, or take the cache off"):
+    with pytest.raises(
+        ValueError, match=r"something to train in front of block .*layers\.0'.*Freeze it, or take the cache off"
+    ):
         step(inputs, labels, forget)
     embedding_of(model).requires_grad_(False)
     embedded = {"inputs_embeds": embedding_of(model)[inputs["input_ids"]].requires_grad_()}
@@ -204,3 +208,70 @@ def test_several_processes_are_told_that_nothing_is_averaged(monkeypatch):
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("error")
         rfa.loss(*batch)
+    # fully_shard gives a module this class: it averages by itself.
+    rfa.model.__class__ = type("FSDPTinyBlocks", (type("FSDPModule", (), {}), TinyBlocks), {})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rfa.loss(*batch)
+
+
+class Prompted(nn.Module):
+    """A language model behind learnt embeddings, which are registered before it or after it."""
+
+    def __init__(self, *, last):
+        super().__init__()
+        inner = tiny_language_model(layers=3)
+        if last:
+            self.inner = inner
+        self.prompt = nn.Embedding(50, 16)
+        self.inner = inner
+
+    def forward(self, ids):
+        return self.inner(inputs_embeds=self.inner.get_input_embeddings()(ids) + self.prompt(ids)).logits
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["before", "after"])
+def test_what_is_trained_in_front_is_found_wherever_it_is_registered(last):
+    ids = torch.arange(24).reshape(4, 6) % 50
+    labels, forget = ids.clone(), torch.tensor([True, False, False, True])
+    moved = {}
+    for mode in ("residual", "teacher"):
+        model = Prompted(last=last)
+        torch.manual_seed(1)
+        nn.init.normal_(model.prompt.weight)
+        weights = (0.0, 1.0, 0.0, 1.0)
+        rfa = rfa_fast.patch(model, r".*layers\.2\.mlp\..*", rank=2, seed=0, mode=mode, weights=weights)
+        assert rfa._prefix.names
+        model.prompt.weight.requires_grad_()
+        rfa.loss(ids, labels, forget).total.backward()
+        moved[mode] = model.prompt.weight.grad
+    assert moved["residual"].norm() > 0
+    torch.testing.assert_close(moved["teacher"], moved["residual"])
+    step = compile_step(rfa, torch.optim.SGD(rfa.parameters(), lr=0.1), compile=False, cache_prefix=True)
+    with pytest.raises(ValueError, match=r"cache_prefix: got something to train in front of block .*layers\.0'"):
+        step(ids, labels, forget)
+    model.prompt.weight.requires_grad_(False)
+    step(ids, labels, forget)
+    model.prompt.weight.requires_grad_()
+    with pytest.raises(ValueError, match="something to train in front of block"):
+        step(ids, labels, forget)
+
+
+def test_what_is_trained_behind_the_prefix_lets_it_be_shared_and_cached():
+    """OPT registers its last norm in front of its layers."""
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=50, hidden_size=16, ffn_dim=24, num_hidden_layers=3, num_attention_heads=2,
+        max_position_embeddings=32, word_embed_proj_dim=16,
+    )  # fmt: skip
+    model = OPTForCausalLM(config)
+    rfa = rfa_fast.patch(model, r".*layers\.2\.fc.*", rank=2, seed=0, mode="teacher")
+    norm = model.model.decoder.final_layer_norm.weight.requires_grad_()
+    calls = []
+    model.model.decoder.layers[0].fc1.register_forward_hook(lambda *_: calls.append(0))
+    ids = torch.arange(24).reshape(4, 6) % 50
+    batch = {"input_ids": ids}, ids.clone(), torch.tensor([True, False, False, True])
+    rfa.loss(*batch).total.backward()
+    assert len(calls) == 1
+    assert norm.grad.norm() > 0
+    compile_step(rfa, torch.optim.SGD(rfa.parameters(), lr=0.1), compile=False, cache_prefix=True)(*batch)

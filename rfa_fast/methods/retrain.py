@@ -89,7 +89,8 @@ def train(
         warmup_steps: steps in which the rate rises linearly from 0 to `lr`.
         schedule: afterwards `"constant"`, or falling to 0 behind the last step, linearly or as a cosine.
         seed: of order, augmentation and dropout; the caller's random generators are left as they were. A DataLoader's
-            own `generator` is the caller's: it gives its order and moves on.
+            own `generator` is the caller's: it gives its order and moves on; a sampler with `set_epoch` is told each
+            further epoch, counted from its own.
         collate_fn: makes a batch of items; by default tensors are stacked and texts padded.
         max_steps: stop after that many steps.
         max_grad_norm: clip the gradient to this norm.
@@ -230,6 +231,8 @@ class _Epochs:
             if batch_size is not None or collate_fn is not None:
                 raise ValueError("batch_size, collate_fn: got a value beside a DataLoader, which decides it")
             self.steps = len(self.loader) if hasattr(self.loader.dataset, "__len__") else None
+            both: tuple[Any, ...] = (self.loader.sampler, self.loader.batch_sampler)
+            self.samplers = [(s, getattr(s, "epoch", 0)) for s in both if callable(getattr(s, "set_epoch", None))]
             return
         if not hasattr(dataset, "__getitem__") or isinstance(dataset, Mapping | str):
             raise TypeError(f"dataset: got {type(dataset).__name__}, expected a map-style dataset or a DataLoader")
@@ -264,9 +267,8 @@ class _Epochs:
 
     def _of_epoch(self, epoch: int) -> Iterator[Any]:
         if self.loader is not None:
-            for sampler in (self.loader.sampler, self.loader.batch_sampler):
-                if callable(set_epoch := getattr(sampler, "set_epoch", None)):
-                    set_epoch(epoch)
+            for sampler, begun in self.samplers if epoch else ():
+                sampler.set_epoch(begun + epoch)
             yield from self.loader
             return
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", epoch))

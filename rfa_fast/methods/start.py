@@ -5,8 +5,8 @@ configuration, any other has `reset_parameters` called on every module. The latt
 distribution, not one that a constructor put in its place (torchvision's ResNet draws otherwise), and a
 parameter that it does not touch (a class token, the gain of a subclass, what weight normalisation made of a
 weight) is drawn from N(0, 0.02²) and named in a warning: left as it is, it would carry over what was learnt.
-A buffer that nothing resets may be a constant or a running average: it stays, and is named as well. Whoever needs
-the very start of the original model, pretrained weights included, keeps it in a file and passes that.
+A buffer of a module without that function may be a constant or a running average: it stays, and is named as well.
+Whoever needs the very start of the original model, pretrained weights included, keeps it in a file and passes that.
 """
 
 from __future__ import annotations
@@ -110,22 +110,18 @@ def _reset(model: nn.Module) -> nn.Module:
     saved = model.state_dict(keep_vars=True).keys()
     for name, module in model.named_modules():
         parameters = _floating(module.named_parameters(recurse=False))
-        buffers = {k: b for k, b in _floating(module.named_buffers(recurse=False)).items() if _join(name, k) in saved}
-        before = {key: buffer.clone() for key, buffer in buffers.items()}
         reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
         if callable(reset):
             with torch.no_grad():  # what is still NaN afterwards was left alone
-                for tensor in (*parameters.values(), *buffers.values()):
-                    tensor.fill_(torch.nan)
+                for parameter in parameters.values():
+                    parameter.fill_(torch.nan)
             reset()
             parameters = {key: p for key, p in _floating(module.named_parameters(recurse=False)).items() if _is_nan(p)}
-            buffers = {key: b for key in before if (b := module._buffers[key]) is not None and _is_nan(b)}
+        else:  # a buffer beside such a method is the method's affair, which may read it
+            kept += [n for key in _floating(module.named_buffers(recurse=False)) if (n := _join(name, key)) in saved]
         for key, parameter in parameters.items():
             nn.init.normal_(parameter, 0.0, _STD)
             orphans.append(_join(name, key))
-        for key in buffers:
-            module._buffers[key] = before[key]
-            kept.append(_join(name, key))
     if kept:
         warnings.warn(
             f"{some(kept)}: nothing resets these buffers, so they keep what they hold: right for a constant, not for "
