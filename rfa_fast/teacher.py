@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rfa_fast.forwards import batch_statistics, in_front
+from rfa_fast.forwards import batch_statistics, flags_down, in_front
 from rfa_fast.groups import Batch, GroupContext
 from rfa_fast.head import standing_aside
 from rfa_fast.modules import RFALayer
@@ -168,8 +168,10 @@ def record_teacher(
         head: stands aside meanwhile.
     """
     context.recording = True
+    # Checkpointed blocks carry the train flag for the student's sake; without gradient nothing is checkpointed here.
+    calm = nullcontext() if torch.compiler.is_compiling() else flags_down(model.modules())
     try:
-        with torch.no_grad(), nullcontext() if head is None else standing_aside(head):
+        with torch.no_grad(), calm, nullcontext() if head is None else standing_aside(head):
             output = model(*args, **kwargs)
             if context.prefix_outputs and asks_gradient((args, kwargs)):
                 context.prefix_outputs = {}  # none of them passes one on

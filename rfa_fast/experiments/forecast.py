@@ -140,7 +140,7 @@ def wrap_blocks(model: nn.Module) -> None:
 
 def _checkpointed(block: Any, *args: Any, **kwargs: Any) -> Any:
     # A cache would be written to once more by the recomputation.
-    kwargs |= {key: None for key in ("past_key_values", "layer_past") if key in kwargs}
+    kwargs |= {key: None for key in ("cache", "past_key_values", "layer_past") if key in kwargs}
     kwargs |= {"use_cache": False} if "use_cache" in kwargs else {}
     return checkpoint(partial(type(block).forward, block, **kwargs), *args, use_reentrant=False)
 

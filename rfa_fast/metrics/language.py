@@ -84,7 +84,7 @@ def generate_text(model: nn.Module, tokenizer: Any, prompt: str, max_new_tokens:
 
     The loop is ours, not `model.generate`: a model's own generation settings (repetition penalty,
     sampling) would make "before" and "after" differ by more than the weights. A model that takes
-    `past_key_values`, as transformers' do, computes every token once; any other the whole text for each token.
+    a cache, as transformers' do, computes every token once; any other the whole text for each token.
 
     Args:
         model: a causal language model; takes `input_ids` and `attention_mask`.
@@ -118,7 +118,8 @@ def generate_text(model: nn.Module, tokenizer: Any, prompt: str, max_new_tokens:
     device, stops = passes.device_of(model), _end_tokens(model, tokenizer)
     ids = ids.long().to(device)
     begin, unread = ids.shape[1], ids
-    cache = {"past_key_values": None, "use_cache": True} if _keeps_cache(model) else {}
+    name = _cache_name(model)
+    cache = {} if name is None else {name: None, "use_cache": True}
     with passes.evaluating(model):
         for new in range(max_new_tokens):
             output = model(input_ids=unread, attention_mask=torch.ones_like(ids), **cache)
@@ -129,13 +130,15 @@ def generate_text(model: nn.Module, tokenizer: Any, prompt: str, max_new_tokens:
             if int(token) in stops:
                 break
             ids = unread = torch.cat([ids, token[:, None]], dim=1)
-            if cache and (past := getattr(output, "past_key_values", None)) is not None:
-                cache["past_key_values"], unread = past, token[:, None]
+            if name is not None and (past := getattr(output, name, None)) is not None:
+                cache[name], unread = past, token[:, None]
     return str(tokenizer.decode(ids[0, begin:].cpu(), skip_special_tokens=True))
 
 
-def _keeps_cache(model: nn.Module) -> bool:
-    return {"past_key_values", "use_cache"} <= set(inspect.signature(model.forward).parameters)
+def _cache_name(model: nn.Module) -> str | None:
+    """What a model calls its cache, given and returned: transformers renamed it with version 5.24."""
+    known = inspect.signature(model.forward).parameters
+    return next((name for name in ("cache", "past_key_values") if {name, "use_cache"} <= set(known)), None)
 
 
 def _end_tokens(model: nn.Module, tokenizer: Any) -> set[int]:
