@@ -105,20 +105,19 @@ def trainable(layers: Iterable[RFALayer]) -> None:
         )
 
 
-def warn_unaveraged(model: nn.Module, adapters: Iterable[nn.Parameter]) -> None:
+def warn_unaveraged(model: nn.Module, layers: Iterable[RFALayer]) -> None:
     """Say, where several processes run, that this loss's gradients are those of one of them.
 
     FSDP2 averages them: it changes the model itself, and does not stand around it.
 
     Example:
-        >>> net = nn.Linear(2, 2)
-        >>> warn_unaveraged(net, net.parameters())  # one process
+        >>> warn_unaveraged(nn.Linear(2, 2), [])  # one process
     """
     distributed: Any = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
         return
-    sharded = any(is_a(p, "DTensor") for p in adapters) or any(is_a(m, "FSDPModule") for m in model.modules())
-    if torch.is_grad_enabled() and not sharded:
+    pieces = any(is_a(tensor, "DTensor") for layer in layers for tensor in layer._parameters.values())
+    if torch.is_grad_enabled() and not pieces and not any(is_a(module, "FSDPModule") for module in model.modules()):
         warnings.warn(
             f"rfa_fast: one of {distributed.get_world_size()} processes takes the loss of the model that was patched; "
             "DistributedDataParallel around it does not see that, so average the gradients yourself, or run the "

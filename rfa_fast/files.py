@@ -1,13 +1,14 @@
-"""Files that are whole or not there, and made by one process at a time."""
+"""Files that are whole or not there, made by one process at a time, and read with their name in every error."""
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from filelock import FileLock, Timeout
 
@@ -174,3 +175,29 @@ def _version(path: str | os.PathLike[str]) -> tuple[int, int] | None:
     except FileNotFoundError:
         return None
     return found.st_mtime_ns, found.st_size
+
+
+def read_object(file: Path, expected: str, prefix: str = "") -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Args:
+        expected: what it is, for a message.
+        prefix: of a message.
+
+    Raises:
+        ValueError: no JSON, or no object.
+
+    Example:
+        >>> import tempfile
+        >>> file = Path(tempfile.mkdtemp()) / "config.json"
+        >>> _ = file.write_text('{"a": 1}')
+        >>> read_object(file, "a model's configuration")
+        {'a': 1}
+    """
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{prefix}{file}: got no JSON ({error}), expected {expected}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{prefix}{file}: got {type(values).__name__}, expected a JSON object")
+    return values

@@ -29,7 +29,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from rfa_fast.files import full_disk_as_os_error, save_tensors
+from rfa_fast.files import full_disk_as_os_error, read_object, save_tensors
 from rfa_fast.hub import fetch_command, hub_folder, is_name
 from rfa_fast.names import some
 from rfa_fast.weights import PICKLES, READ, fill, one_line, read_state, require_safetensors
@@ -197,7 +197,7 @@ def save_model(
             if tokenizer is not None:
                 tokenizer.save_pretrained(partial)
             if preprocessing is not None:
-                shutil.copyfile(preprocessing, partial / "preprocessor_config.json")
+                shutil.copyfile(preprocessing, partial / Path(preprocessing).name)
         else:
             save_tensors(model, partial / WEIGHTS_FILE)
         if target.exists():
@@ -274,13 +274,7 @@ def _read_config(folder: Path) -> Mapping[str, Any]:
         if (folder / "adapter_config.json").is_file():
             raise ValueError(f"{folder}: holds an adapter, expected a model; name the model that it was trained on")
         raise FileNotFoundError(f"{folder}: holds no config.json, expected {_FORMS}")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: got no JSON ({error}), expected a model's configuration") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{file}: got {type(config).__name__}, expected a JSON object")
-    return config
+    return read_object(file, "a model's configuration")
 
 
 def _from_torchvision(name: str, classes: int | None) -> nn.Module:

@@ -205,7 +205,7 @@ class RFA:
             0.0
         """
         self._check_enabled()
-        checks.warn_unaveraged(self.model, self.parameters())
+        checks.warn_unaveraged(self.model, self.layers.values())
         batch = prepare(self.config, inputs, labels, forget, valid, self._device())
         inputs, labels, batch = self._teacher.retain_first(self._context, inputs, labels, batch)
         with self._one_batch(batch), self._prefix.shared(self._context):

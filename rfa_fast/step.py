@@ -180,7 +180,7 @@ class Step:
         """
         rfa, context = self.rfa, self.rfa._context
         rfa._check_enabled()
-        warn_unaveraged(rfa.model, rfa.parameters())
+        warn_unaveraged(rfa.model, rfa.layers.values())
         self._ask()
         device = rfa._device()
         batch = prepare(rfa.config, inputs, labels, forget, valid, device)

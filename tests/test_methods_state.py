@@ -200,20 +200,25 @@ def test_gradients_that_frozen_layers_have_from_before_count_for_nothing():
     assert norms[0] == norms[1]
 
 
+class Noting(Dataset):
+    """Eight samples, and which of them were taken, in order."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        self.seen.append(index)
+        return DATA[index]
+
+
 def test_a_loaders_sampler_is_told_the_epoch():
-    seen = []
-
-    class Noting(Dataset):
-        def __len__(self):
-            return 8
-
-        def __getitem__(self, index):
-            seen.append(index)
-            return DATA[index]
-
-    sampler = DistributedSampler(Noting(), 1, 0, seed=0)
-    train(network(), DataLoader(Noting(), batch_size=4, sampler=sampler), epochs=3, progress=False)
-    epochs = [tuple(seen[i : i + 8]) for i in (0, 8, 16)]
+    data = Noting()
+    sampler = DistributedSampler(data, 1, 0, seed=0)
+    train(network(), DataLoader(data, batch_size=4, sampler=sampler), epochs=3, progress=False)
+    epochs = [tuple(data.seen[i : i + 8]) for i in (0, 8, 16)]
     assert len(set(epochs)) == 3
 
 
@@ -249,21 +254,12 @@ def test_a_reset_that_reads_a_buffer_finds_it_there():
 
 
 def test_the_callers_own_epochs_are_counted_on():
-    seen = []
-
-    class Noting(Dataset):
-        def __len__(self):
-            return 8
-
-        def __getitem__(self, index):
-            seen.append(index)
-            return DATA[index]
-
-    sampler = DistributedSampler(Noting(), 1, 0, seed=0)
+    data = Noting()
+    sampler = DistributedSampler(data, 1, 0, seed=0)
     for epoch in range(3):
         sampler.set_epoch(2 * epoch)
-        train(network(), DataLoader(Noting(), batch_size=4, sampler=sampler), epochs=2, progress=False)
-    orders = [tuple(seen[i : i + 8]) for i in range(0, 48, 8)]
+        train(network(), DataLoader(data, batch_size=4, sampler=sampler), epochs=2, progress=False)
+    orders = [tuple(data.seen[i : i + 8]) for i in range(0, 48, 8)]
     assert len(set(orders)) == 6
     plain = []
     for epoch in range(6):

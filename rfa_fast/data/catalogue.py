@@ -101,24 +101,33 @@ def load(name: str | os.PathLike[str], **options: Any) -> DataBundle:
         ('image', 1438, torch.Size([3, 8, 8]))
     """
     key = os.fspath(name)
-    path = Path(key)
-    if key in _ENTRIES:
-        loader, arguments = _ENTRIES[key].loader, ()
-    elif path.suffix.lower() in _SUFFIXES:
-        loader, arguments = _SUFFIXES[path.suffix.lower()], (path,)  # type: ignore[assignment]
-    elif path.is_dir():
-        loader, arguments = folders.load_image_folder, (path,)  # type: ignore[assignment]
-    else:
+    loader = loader_of(key)
+    if loader is None:
         close = difflib.get_close_matches(key, _ENTRIES, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise ValueError(
             f"name: got {key!r}, expected one of {', '.join(_ENTRIES)}, a {', '.join(_SUFFIXES)} file or a folder of "
             f"images{hint}"
         )
-    known = _options(loader)
+    known = options_of(loader)
     if unknown := [option for option in options if option not in known]:
         raise TypeError(f"{key}: got option {unknown[0]!r}, expected some of {', '.join(known)}")
-    return loader(*arguments, **options)
+    return loader(**options) if key in _ENTRIES else loader(Path(key), **options)
+
+
+def loader_of(name: str) -> Callable[..., DataBundle] | None:
+    """What :func:`load` reads this name or path by; `None` for neither.
+
+    Example:
+        >>> loader_of("digits").__name__, loader_of("mail.csv").__name__
+        ('load_digits', 'load_records')
+    """
+    path = Path(name)
+    if name in _ENTRIES:
+        return _ENTRIES[name].loader
+    if path.suffix.lower() in _SUFFIXES:
+        return _SUFFIXES[path.suffix.lower()]
+    return folders.load_image_folder if path.is_dir() else None
 
 
 def available() -> list[DataInfo]:
@@ -133,12 +142,17 @@ def available() -> list[DataInfo]:
         place = entry.source.find() if entry.source is not None else "scikit-learn"
         found = None if place is None else str(place)
         get = entry.source.get if entry.source is not None else ""
-        infos.append(DataInfo(name, entry.kind, entry.what, found, get, _options(entry.loader)))
+        infos.append(DataInfo(name, entry.kind, entry.what, found, get, options_of(entry.loader)))
     return infos
 
 
-def _options(loader: Callable[..., DataBundle]) -> tuple[str, ...]:
-    """What a loader takes by name; of the sets known by name also the folder, `root`."""
+def options_of(loader: Callable[..., DataBundle]) -> tuple[str, ...]:
+    """What a loader takes by name; of the sets known by name also the folder, `root`.
+
+    Example:
+        >>> options_of(folders.load_image_folder)
+        ('size', 'normalise', 'test_fraction', 'seed')
+    """
     parameters = inspect.signature(loader).parameters.values()
     required = [p.name for p in parameters if p.default is inspect.Parameter.empty]
     return tuple(p.name for p in parameters if p.name not in required)

@@ -14,12 +14,13 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rfa_fast.data.catalogue import available
+from rfa_fast.data.catalogue import loader_of, options_of
+from rfa_fast.data.folders import load_image_folder
+from rfa_fast.files import read_object
 from rfa_fast.hub import hub_folder
 
 FILE = "preprocessor_config.json"
 _OPTIONS = ("size", "normalise")
-_FILES = (".npz", ".jsonl", ".csv")  # a folder called so is not read as one of images
 _BILINEAR = 2
 # What changes an image beside size and normalisation, where it is set.
 _UNFOLLOWED = (
@@ -70,7 +71,7 @@ def shown_to(
         >>> shown_to(str(images), str(model), ["size"])[0]
         {'normalise': [[0.5, 0.5, 0.5], [0.25, 0.25, 0.25]]}
     """
-    if not _is_image_folder(data):
+    if loader_of(data) is not load_image_folder:
         return {}, _advice(data, model, typed)
     options, notes = _asked_for(model, typed)
     for flag, other in others:
@@ -84,18 +85,12 @@ def shown_to(
     return options, notes
 
 
-def _is_image_folder(data: str) -> bool:
-    path = Path(data)
-    return path.is_dir() and path.suffix.lower() not in _FILES and data not in [info.name for info in available()]
-
-
 def _advice(data: str, model: str, typed: Collection[str]) -> list[str]:
     """What a set of images, which comes in its own size and number of channels, is not normalised by unasked."""
-    images = [info.name for info in available() if info.kind == "image"]
-    file = preprocessing_file(model)
-    if file is None or "normalise" in typed or not (data in images or Path(data).suffix.lower() == ".npz"):
+    loader, file = loader_of(data), preprocessing_file(model)
+    if file is None or loader is None or "normalise" not in {*options_of(loader)} - {*typed}:
         return []
-    normalise = _normalise(file, _read(file))
+    normalise = _normalise(file, read_object(file, "how images are shown to the model"))
     if normalise is None:
         return []
     return [
@@ -113,7 +108,7 @@ def _asked_for(model: str, typed: Collection[str]) -> tuple[dict[str, Any], list
     if folder is None or set(_OPTIONS) <= set(typed):
         return {}, []
     file = folder / FILE
-    values = _read(file) if file.is_file() else None
+    values = read_object(file, "how images are shown to the model") if file.is_file() else None
     options: dict[str, Any] = {}
     origins: dict[Path, list[str]] = {}
     remarks: list[str] = []
@@ -141,16 +136,6 @@ def _asked_for(model: str, typed: Collection[str]) -> tuple[dict[str, Any], list
     )
     parts = [*([f"{', '.join(taken)}; {overrides}"] if taken else []), *remarks]
     return options, ["; ".join(parts)] if parts else []
-
-
-def _read(file: Path) -> Mapping[str, Any]:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: got no JSON ({error}), expected how images are shown to the model") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{file}: got {type(values).__name__}, expected a JSON object")
-    return values
 
 
 def _size(file: Path, values: Mapping[str, Any], remarks: list[str]) -> int | None:

@@ -7,7 +7,6 @@ How many classes it answers with is found by running it on shapes alone.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from rfa_fast.experiments.rivals import StepBatch
 from rfa_fast.experiments.sharing import sharing_copy
+from rfa_fast.files import read_object
 from rfa_fast.head import logits_of, predicts_next_token
 from rfa_fast.methods.weights import call
 from rfa_fast.metrics.shapes_only import DependsOnValues, fake_copy, shapes_only
@@ -56,12 +56,7 @@ def geometry(config: str | os.PathLike[str], dtype: str = "auto", device: str = 
     path = path / "config.json" if path.is_dir() else path
     if not path.is_file():
         raise FileNotFoundError(f"config: {path} does not exist, expected a config.json of transformers")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"config: {path}: got no JSON ({error}), expected a model's configuration") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"config: {path}: got {type(values).__name__}, expected a JSON object")
+    values = read_object(path, "a model's configuration", "config: ")
     import transformers
 
     names = values.get("architectures")

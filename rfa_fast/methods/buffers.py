@@ -39,12 +39,12 @@ class Buffers:
         """Put the tensors of the beginning back in their places, with these values (copies, if a shape changed)."""
         for name, tensor in self._tensors.items():
             module, key = self._places[name]
-            if name not in values:  # there was none
-                module._buffers[key] = None
-                continue
-            if tensor.shape == values[name].shape:
+            value = values.get(name)
+            if value is not None and tensor.shape == value.shape:
                 copy_tensors({name: tensor}, values)
-            module._buffers[key] = tensor if tensor.shape == values[name].shape else values[name].clone()
+                module._buffers[key] = tensor
+            else:  # of another shape, or there was none
+                module._buffers[key] = None if value is None else value.clone()
 
 
 @torch.no_grad()

@@ -97,7 +97,7 @@ def _before_tensor_cores(kind: str) -> bool:
 
 def linear(backend: str, x: Tensor, *arguments: Any) -> plain.LayerResult:
     """The layer of :func:`rfa_fast.functional.rfa_linear`; arguments as :func:`rfa_fast.ops.plain.linear`'s."""
-    if backend == "reference" or _empty(x, arguments) or own_gradient(arguments):
+    if backend == "reference" or _empty(x, arguments) or _own_gradient(arguments):
         return plain.linear(_in_torch(backend), x, *arguments)
     return linear_and_mean(backend, x, *arguments)[:4]
 
@@ -115,7 +115,7 @@ def conv2d(backend: str, x: Tensor, *arguments: Any) -> plain.LayerResult:
     """The layer of :func:`rfa_fast.functional.rfa_conv2d`; arguments as :func:`rfa_fast.ops.plain.conv2d`'s."""
     # Compiled, autograd's derivative is fused no worse than the one by hand.
     fused_elsewhere = backend == "torch" and torch.compiler.is_compiling()
-    if backend == "reference" or fused_elsewhere or _empty(x, arguments) or own_gradient(arguments):
+    if backend == "reference" or fused_elsewhere or _empty(x, arguments) or _own_gradient(arguments):
         return plain.conv2d(_in_torch(backend), x, *arguments)
     if backend == "torch":
         return conv2d_torch.conv2d(x, *arguments)
@@ -143,7 +143,7 @@ def _empty(x: Tensor, arguments: tuple[Any, ...]) -> bool:
     return x.numel() == 0 or arguments[0].numel() == 0
 
 
-def own_gradient(arguments: tuple[Any, ...]) -> bool:
+def _own_gradient(arguments: tuple[Any, ...]) -> bool:
     """Whether a layer's weight or bias, among the arguments after its input, is to get a gradient: by autograd."""
     weight, _, _, bias = arguments[:4]
     return trained(weight, bias)

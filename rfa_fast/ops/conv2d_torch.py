@@ -28,7 +28,7 @@ from rfa_fast.kernels.conv2d_geometry import (
     weight_gradient,
 )
 from rfa_fast.objective import FORGET, RETAIN, accumulation_dtype, group_mean
-from rfa_fast.ops.gradients import differentiable_once
+from rfa_fast.ops.gradients import by_autograd, differentiable_once
 from rfa_fast.ops.plain import LayerResult, Pair
 from rfa_fast.ops.rows import autocast, picks, row_weights, without_autocast
 
@@ -377,11 +377,7 @@ def run(
 
 def _operator(*arguments: Any) -> Any:
     """The layer on images. Without a group autograd follows it, as often as a derivative is asked for."""
-    x, group = arguments[0], arguments[9]
-    if group is not None:
-        return _Layer.apply(*arguments)
-    with without_autocast(x.device.type):
-        return forward(*arguments)
+    return by_autograd(forward, arguments) if arguments[9] is None else _Layer.apply(*arguments)
 
 
 def conv2d(*arguments: Any) -> LayerResult:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from rfa_fast.ops.rows import without_autocast
 
 _TWICE = "rfa_fast: the gradient of a fused operator cannot be differentiated again; backend='reference' can"
 
@@ -20,6 +22,17 @@ def trained(*tensors: Tensor | None) -> bool:
         (False, True)
     """
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def by_autograd(forward: Callable[..., Any], arguments: Sequence[Any]) -> Any:
+    """A layer's forward as autograd follows it; like the derivatives by hand without autocast, in x's own dtype.
+
+    Example:
+        >>> by_autograd(torch.add, (torch.ones(1), torch.ones(1)))
+        tensor([2.])
+    """
+    with without_autocast(arguments[0].device.type):
+        return forward(*arguments)
 
 
 def differentiable_once(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from rfa_fast.config import Norm
 from rfa_fast.objective import FORGET, RETAIN, accumulation_dtype, group_mean
-from rfa_fast.ops.gradients import differentiable_once
+from rfa_fast.ops.gradients import by_autograd, differentiable_once
 from rfa_fast.ops.retain_rows import places, retain_rows
 from rfa_fast.ops.rows import (
     autocast,
@@ -380,11 +380,7 @@ def run(
 
 def _operator(*arguments: Any) -> Any:
     """The layer on rows. Without a group autograd follows it, as often as a derivative is asked for."""
-    x, group = arguments[0], arguments[5]
-    if group is not None:
-        return _Layer.apply(*arguments)
-    with without_autocast(x.device.type):
-        return forward(*arguments)
+    return by_autograd(forward, arguments) if arguments[5] is None else _Layer.apply(*arguments)
 
 
 def linear_and_mean(*arguments: Any, **named: Any) -> LayerAndMean:
