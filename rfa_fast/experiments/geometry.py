@@ -44,7 +44,7 @@ def geometry(config: str | os.PathLike[str], dtype: str = "auto", device: str = 
         ValueError: no JSON object, an architecture that transformers does not have, or an unknown dtype.
 
     Example:
-        >>> import tempfile
+        >>> import json, tempfile
         >>> values = {"architectures": ["GPT2LMHeadModel"], "n_embd": 8, "n_head": 2, "n_layer": 1}
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     _ = (Path(folder) / "config.json").write_text(json.dumps(values))
